@@ -1,0 +1,40 @@
+"""EngineConfig: the bounds of one engine. Every queue and pool of the replica takes its limit from
+here.
+"""
+
+from dataclasses import dataclass
+
+from trimode.replicas.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Raises ConfigError that names the setting and what would work."""
+
+    page_size: int = 16  # slots a page
+    num_pages: int = 2048
+    max_sequences: int = 64  # running at once
+    max_waiting: int = 256  # queued for admission; one more is refused
+    max_step_tokens: int = 2048  # query tokens of one pass
+    max_block_size: int = 32  # the largest block this engine runs; 1 speculates nothing
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name} must be at least 1, is {getattr(self, name)}")
+        # The scheduler keeps a quarter of each step for prefill; one block must fit into the rest.
+        if self.decode_tokens < self.max_block_size:
+            needed = -(-self.max_block_size * 4 // 3)
+            raise ConfigError(
+                f"engine.max_step_tokens is {self.max_step_tokens}; a block of "
+                f"{self.max_block_size} beside a prefill needs at least {needed}"
+            )
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Query tokens of a step that decoding leaves to prefill when prefill has work."""
+        return self.max_step_tokens // 4
+
+    @property
+    def decode_tokens(self) -> int:
+        return self.max_step_tokens - self.prefill_tokens

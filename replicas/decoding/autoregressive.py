@@ -1,0 +1,27 @@
+"""Autoregressive decoding: one causal token a pass."""
+
+from collections.abc import Sequence as SequenceOf
+
+from trimode.replicas.decoding.strategy import (
+    DecodingContext,
+    Outcome,
+    PassKind,
+    Position,
+    Query,
+    Stage,
+)
+
+
+class Autoregressive:
+    """Feeds the known token, keeps its KV, emits the next."""
+
+    def __init__(self, context: DecodingContext) -> None:
+        pass
+
+    def next_query(self, position: Position) -> Query:
+        return Query(
+            Stage.DECODE, PassKind.CAUSAL, (position.known_id,), position.start, answers=(0,)
+        )
+
+    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
+        return Outcome(emitted=token_ids, num_committed=1)

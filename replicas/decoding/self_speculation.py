@@ -1,0 +1,75 @@
+"""Linear self-speculation: draft a block with the diffusion path, verify it with one causal pass
+(model.md 5.3).
+
+Every emitted token is the causal path's own answer to the prefix it follows, so the output is that
+of AR at any temperature; drafts only decide how many answers of a pass can be kept. Drafts use the
+same position-keyed noise as the verify pass, which makes them agree more often.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from trimode.replicas.decoding.block import Block
+from trimode.replicas.decoding.strategy import (
+    DecodingContext,
+    Outcome,
+    PassKind,
+    Position,
+    Query,
+    Stage,
+    confident_indices,
+)
+
+ONE_PASS = 0.0  # the default threshold: a single draft pass fills the whole block
+
+
+class SelfSpeculation:
+    """A round is one or more draft passes and one verify pass. A block of 1 has nothing to draft:
+    it is AR.
+    """
+
+    def __init__(self, context: DecodingContext) -> None:
+        request = context.request
+        self._context = context
+        self._threshold = ONE_PASS if request.threshold is None else request.threshold
+        self._draft_kind = PassKind.DRAFT if request.use_adapter else PassKind.DENOISE
+        self._block: Block | None = None
+
+    def next_query(self, position: Position) -> Query:
+        if self._block is None:
+            self._block = Block(
+                position.known_id, position.start, self._context.block_size, self._context.mask_id
+            )
+        block = self._block
+        if block.masked:
+            return Query(
+                Stage.DRAFT, self._draft_kind, block.token_ids, block.start, answers=block.masked,
+                wants_confidence=self._threshold > ONE_PASS,
+                confidence_temperature=self._context.request.temperature or 1.0,
+            )  # fmt: skip
+        everything = range(len(block.token_ids))
+        return Query(
+            Stage.VERIFY, PassKind.CAUSAL, block.token_ids, block.start, answers=everything
+        )
+
+    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
+        block = self._block
+        assert block is not None, "accept() without a query"
+        if block.masked:
+            one_pass = self._threshold == ONE_PASS
+            chosen = (
+                range(len(token_ids)) if one_pass
+                else confident_indices(confidences, self._threshold)
+            )  # fmt: skip
+            block.fill(chosen, token_ids)
+            return Outcome()
+        self._block = None
+        accepted = 1 + num_agreeing(block.token_ids[1:], token_ids)
+        return Outcome(emitted=token_ids[:accepted], num_committed=accepted, accepted=accepted)
+
+
+def num_agreeing(drafts: SequenceOf[int], answers: SequenceOf[int]) -> int:
+    """Length of the longest prefix on which the drafts are what the causal pass answered."""
+    for index, (draft, answer) in enumerate(zip(drafts, answers, strict=False)):
+        if draft != answer:
+            return index
+    return len(drafts)

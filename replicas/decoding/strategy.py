@@ -1,0 +1,100 @@
+"""The seam of the decoding modes: what a mode asks of a pass (Query) and what it keeps of it
+(Outcome).
+
+A strategy is the state machine of one sequence after its prefill, on plain ints. Between two passes
+it holds at most one block. To add a mode, write one file with a Strategy and name it in the
+registry of `modes.py`.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from trimode.replicas.types import Request
+
+
+class PassKind(Enum):
+    """What a row of a pass sees, and whether the draft adapter is on."""
+
+    CAUSAL = "causal"  # itself and what is before it; the only kind whose KV is kept
+    DENOISE = "denoise"  # all that is cached and its whole block
+    DRAFT = "draft"  # as DENOISE, with the draft adapter on
+
+
+class Stage(Enum):
+    """What a query is for; the step log and the metrics speak in these words."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DENOISE = "denoise"
+    COMMIT = "commit"
+    DRAFT = "draft"
+    VERIFY = "verify"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One sequence's part of one pass: consecutive tokens at positions start, start + 1, ..."""
+
+    stage: Stage
+    kind: PassKind
+    token_ids: SequenceOf[int]
+    start: int  # position of token_ids[0]; its KV slot, too
+    answers: SequenceOf[int]  # indices into token_ids whose prediction is wanted, ascending
+    wants_confidence: bool = False
+    # Temperature of the softmax that confidences are read from; drafts take the request's where
+    # that is not 0.
+    confidence_temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a pass brought a sequence."""
+
+    emitted: SequenceOf[int] = ()  # new output tokens, in order
+    num_committed: int = 0  # slots whose causal KV is now final
+    accepted: int | None = None  # tokens of a verify round
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a sequence stands when its strategy is asked: one known token without KV after
+    num_committed slots.
+    """
+
+    known_id: int
+    start: int  # = num_committed: the known token's position
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingContext:
+    """What a strategy knows of its sequence from the start."""
+
+    request: Request
+    mask_id: int
+    stop_ids: frozenset[int]  # eos and the request's
+    block_size: int  # pinned by the request, or the engine's
+
+
+class Strategy(Protocol):
+    """One sequence's decoding after its prefill."""
+
+    def next_query(self, position: Position) -> Query:
+        """The pass this sequence needs next. Asking twice before accept() gives the same."""
+        ...
+
+    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
+        """Take the answers of the last query; confidences is empty unless it wanted them."""
+        ...
+
+
+def confident_indices(confidences: SequenceOf[float], threshold: float) -> list[int]:
+    """Which answers of a denoise or draft pass to commit: all at or over the threshold, and always
+    the best one.
+
+    Ties for the best go to the first, as in the published decoders (model.md 5.2, 5.3). This one
+    function is where a better sampler would take its place.
+    """
+    best = max(range(len(confidences)), key=confidences.__getitem__)
+    return [i for i, value in enumerate(confidences) if i == best or value >= threshold]

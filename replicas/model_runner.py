@@ -1,0 +1,70 @@
+"""ModelRunner: one forward pass over a batch. Where answers come from, and the seam for anything
+that can answer.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimode.kernels.kv_cache import KVCache, write_kv
+from trimode.kernels.paged_attention import paged_attention
+from trimode.kernels.sampling import sample
+from trimode.replicas.batch import Batch
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
+from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.types import ModelInfo
+
+
+class ModelRunner(Protocol):
+    """Answers the queries of one pass."""
+
+    info: ModelInfo
+
+    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
+        """One Answers for each scheduled query, in order."""
+        ...
+
+
+class TorchModelRunner:
+    """The real model over a paged KV cache, on one device."""
+
+    def __init__(self, model: NemotronLabsDiffusionModel, config: EngineConfig) -> None:
+        self._model = model
+        self._page_size = config.page_size
+        weight = model.diffusion_head.weight
+        self._device = weight.device
+        shape = model.config
+        self._cache = KVCache.allocate(
+            shape.num_layers,
+            config.num_pages * config.page_size,
+            shape.num_kv_heads,
+            shape.head_dim,
+            weight.dtype,
+            weight.device,
+        )
+        self.info = ModelInfo(
+            vocab_size=shape.vocab_size,
+            max_positions=shape.max_positions,
+            block_size=shape.block_size,
+            eos_id=shape.eos_id,
+            mask_id=shape.mask_id,
+            has_draft_adapter=model.has_draft_adapter,
+            dtype=str(weight.dtype).removeprefix("torch."),
+        )
+
+    @torch.inference_mode()
+    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
+        batch = Batch.build(scheduled, self._page_size, self.info.mask_id, self._device)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            write_kv(self._cache, layer, key, value, batch.slots)
+            return paged_attention(query, self._cache, layer, batch.attention)
+
+        hidden = self._model(batch.token_ids, batch.positions, attend, batch.draft_rows)
+        if len(batch.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
+            return batch.split(batch.answer_rows, hidden.new_empty(0))
+        logits = self._model.logits(hidden[batch.answer_rows])
+        return batch.split(*sample(logits, batch.sampling))
