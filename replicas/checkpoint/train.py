@@ -1,0 +1,235 @@
+"""Makes the bundled checkpoint: tokenizer, tri-mode base weights, draft adapter. Run it stage by
+stage:
+
+    python -m trimode.replicas.checkpoint.train tokenizer
+    python -m trimode.replicas.checkpoint.train base       # AR first, then AR + 0.3 x diffusion
+    python -m trimode.replicas.checkpoint.train adapter    # draft LoRA, base frozen
+
+Every stage is seeded, saves its state each few minutes and goes on from there when it is started
+again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from trimode.replicas.checkpoint import corpus
+from trimode.replicas.checkpoint.objective import adapter_loss, ar_loss, doubled_mask, joint_loss
+from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, count_parameters
+from trimode.replicas.model.weights import load_model, save_adapter, save_model
+
+CHECKPOINT = Path(__file__).parent
+SEED = 20261121
+SEQ_LEN = 256
+SAVE_EVERY_S = 180.0
+
+# (tokens [batch, SEQ_LEN], generator) -> (loss, figures to show)
+Objective = Callable[[Tensor, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+Work = Annotated[Path, typer.Option(help="Folder for the text, token streams and training state.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Lengths and learning rates of one stage. Rates warm up, stay, then fall to zero (WSD)."""
+
+    name: str
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    decay_share: float = 0.0  # of num_steps, at the end
+
+    def rate(self, step: int) -> float:
+        left = (self.num_steps - step) / max(1.0, self.num_steps * self.decay_share)
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps, left)
+
+
+AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
+JOINT_STAGE = Stage("joint", num_steps=3000, batch_size=8, learning_rate=3e-3, decay_share=0.5)
+ADAPTER_STAGE = Stage("adapter", num_steps=500, batch_size=16, learning_rate=2e-3, decay_share=0.5)
+ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
+
+
+@app.command()
+def tokenizer(work: Work = Path("build/checkpoint")) -> None:
+    """Train the byte-level BPE on the training documents."""
+    corpus.train_tokenizer(work).save(str(CHECKPOINT / "tokenizer.json"))
+
+
+@app.command()
+def base(
+    work: Work = Path("build/checkpoint"), ar_steps: int = AR_STAGE.num_steps,
+    joint_steps: int = JOINT_STAGE.num_steps,
+) -> None:  # fmt: skip
+    """Train the base weights: AR alone, then the joint objective."""
+    torch.manual_seed(SEED)
+    model = NemotronLabsDiffusionModel(ModelConfig.load(CHECKPOINT))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    typer.echo(f"{count_parameters(model):,} parameters")
+    mask = doubled_mask(SEQ_LEN, model.config.block_size)
+    trainer = Trainer(model, list(model.named_parameters()), work)
+
+    def ar(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        loss = ar_loss(model, tokens)
+        return loss, {"ar": loss.item()}
+
+    def joint(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        loss, ar_part, diffusion_part = joint_loss(model, tokens, mask, generator)
+        return loss, {"ar": ar_part.item(), "diffusion": diffusion_part.item()}
+
+    trainer.run(_resized(AR_STAGE, ar_steps), ar)
+    trainer.run(_resized(JOINT_STAGE, joint_steps), joint)
+    save_model(model, CHECKPOINT, torch.bfloat16)
+
+
+@app.command()
+def adapter(work: Work = Path("build/checkpoint"), steps: int = ADAPTER_STAGE.num_steps) -> None:
+    """Train the draft LoRA against the finished base weights."""
+    torch.manual_seed(SEED)
+    model = load_model(CHECKPOINT, torch.float32, adapter=False)
+    model.add_draft_adapter(ADAPTER_RANK, ADAPTER_ALPHA)
+    trained = [(n, p) for n, p in model.named_parameters() if "draft_adapter" in n]
+    for name, parameter in trained:
+        parameter.requires_grad_(True)
+        if name.endswith("lora_a"):
+            nn.init.kaiming_uniform_(parameter, a=5**0.5)
+    mask = doubled_mask(SEQ_LEN, model.config.block_size)
+
+    def draft(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        loss, accepted = adapter_loss(model, tokens, mask)
+        return loss, {"loss": loss.item(), "accepted": accepted.item()}
+
+    Trainer(model, trained, work).run(_resized(ADAPTER_STAGE, steps), draft)
+    save_adapter(model, CHECKPOINT, ADAPTER_ALPHA)
+
+
+def _resized(stage: Stage, num_steps: int) -> Stage:
+    return Stage(
+        stage.name, num_steps, stage.batch_size, stage.learning_rate,
+        stage.warmup_steps, stage.decay_share,
+    )  # fmt: skip
+
+
+class Trainer:
+    """Runs stages over one set of parameters; matrices inside layers by Muon, everything else by
+    AdamW.
+    """
+
+    def __init__(
+        self,
+        model: NemotronLabsDiffusionModel,
+        trained: list[tuple[str, nn.Parameter]],
+        work: Path,
+    ) -> None:
+        self.model, self.work = model, work
+        self.trained = trained
+        inner = [p for n, p in trained if p.ndim == 2 and ".layers." in n and "adapter" not in n]
+        outer = [p for _, p in trained if all(p is not q for q in inner)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=0.01)
+        ]
+        if inner:
+            self.optimizers.append(
+                torch.optim.Muon(inner, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+            )
+        self.corpora = corpus.load_corpora(
+            work, Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+        )
+
+    def run(self, stage: Stage, objective: Objective) -> None:
+        """Train one stage to its end, from its saved state where there is one."""
+        state, log = self.work / f"{stage.name}.safetensors", self.work / f"{stage.name}.jsonl"
+        start = self._restore(state)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))  # fmt: skip
+        saved = time.monotonic()
+        with Progress(*columns) as progress, log.open("a") as out:
+            task = progress.add_task(stage.name, total=stage.num_steps, completed=start, shown="")
+            for step in range(start, stage.num_steps):
+                figures = self._step(stage, step, objective)
+                shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                progress.update(task, advance=1, shown=shown)
+                if step % 10 == 0:
+                    out.write(json.dumps({"step": step, **figures}) + "\n")
+                    out.flush()
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    self._save(state, step + 1)
+                    saved = time.monotonic()
+        self._save(state, stage.num_steps)
+
+    def _step(self, stage: Stage, step: int, objective: Objective) -> dict[str, float]:
+        # Seeded by stage and step, so that a resumed run sees the batches that an unbroken one
+        # would.
+        random = np.random.default_rng([SEED, step, *stage.name.encode()])
+        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+        batch = _batch(self.corpora, stage.batch_size, random)
+        loss, figures = objective(batch, generator)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return figures
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and optimizer state under stable names."""
+        for name, parameter in self.trained:
+            yield f"parameter.{name}", parameter.detach()
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    yield f"optimizer.{name}.{key}", torch.as_tensor(value)
+
+    def _save(self, path: Path, step: int) -> None:
+        temporary = path.with_suffix(".tmp")
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
+        save_file(tensors | {"step": torch.tensor(step)}, temporary)
+        temporary.replace(path)
+
+    def _restore(self, path: Path) -> int:
+        if not path.exists():
+            return 0
+        with safe_open(path, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for name, parameter in self.trained:
+                parameter.data.copy_(tensors.get_tensor(f"parameter.{name}"))
+                prefix = f"optimizer.{name}."
+                found = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+                for optimizer in self.optimizers:
+                    if any(parameter is p for g in optimizer.param_groups for p in g["params"]):
+                        optimizer.state[parameter] = {
+                            key: tensors.get_tensor(prefix + key) for key in found
+                        }
+            return int(tensors.get_tensor("step"))
+
+
+def _batch(corpora: list[corpus.Corpus], size: int, random: np.random.Generator) -> Tensor:
+    """[size, SEQ_LEN] int64: random windows, domains drawn by their weights."""
+    windows = []
+    for index in random.choice(len(corpora), size, p=corpus.DOMAIN_WEIGHTS):
+        stream = corpora[index].train
+        start = random.integers(len(stream) - SEQ_LEN)
+        windows.append(stream[start : start + SEQ_LEN].astype(np.int64))
+    return torch.from_numpy(np.stack(windows))
+
+
+if __name__ == "__main__":
+    app()
