@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from trimode.replicas.checkpoint import corpus
+from trimode.replicas.checkpoint.muon import Muon
 from trimode.replicas.checkpoint.objective import adapter_loss, ar_loss, doubled_mask, joint_loss
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, count_parameters
@@ -146,9 +147,7 @@ class Trainer:
             torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=0.01)
         ]
         if inner:
-            self.optimizers.append(
-                torch.optim.Muon(inner, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimizers.append(Muon(inner))
         self.corpora = corpus.load_corpora(
             work, Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
         )
@@ -181,7 +180,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         batch = _batch(self.corpora, stage.batch_size, random)
         loss, figures = objective(batch, generator)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -9,6 +9,9 @@ from typing import Any
 
 from trimode.replicas.errors import CheckpointError
 
+# The small tri-mode checkpoint that ships with trimode.
+BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoint"
+
 ARCHITECTURE = "NemotronLabsDiffusionModel"
 
 # What the implementation takes for granted. A checkpoint that says otherwise would decode to

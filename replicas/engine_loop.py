@@ -1,0 +1,178 @@
+"""EngineLoop: the one thread that steps an engine, and the asyncio side that feeds it and reads
+from it.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import structlog
+
+from trimode.replicas.engine import Engine
+from trimode.replicas.errors import RequestError, Unavailable
+from trimode.replicas.types import Chunk, EngineLoad, Request
+
+logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+    mailbox: "_Mailbox"
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+    mailbox: "_Mailbox"
+
+
+class _Stop:
+    pass
+
+
+class _Mailbox:
+    """Where one request's chunks arrive. Bounded by max_tokens: no chunk is empty but the last."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
+
+
+class EngineLoop:
+    """Owns the engine after start(). All engine calls happen on its thread, between two steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._load = engine.load()
+        self._failure: BaseException | None = None
+        self._stopped = False  # set on the thread, by a _Stop from the inbox
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; requests still in progress get Unavailable."""
+        self._inbox.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def load(self) -> EngineLoad:
+        """As of the last step."""
+        return self._load
+
+    def check_health(self) -> None:
+        """Raises RuntimeError once the engine has failed; only a restart helps then."""
+        if self._failure is not None:
+            raise RuntimeError(f"the engine failed: {self._failure!r}") from self._failure
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread is not running")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The chunks of a request. Leaving the iterator early, for any reason, frees all it holds.
+
+        Raises InvalidRequest or Overloaded before the first chunk, Unavailable where the engine
+        fails.
+        """
+        mailbox = _Mailbox()
+        self._inbox.put(_Add(request, mailbox))
+        finished = False
+        try:
+            while not finished:
+                item = await mailbox.queue.get()
+                finished = isinstance(item, RequestError) or item.finish is not None
+                if isinstance(item, RequestError):
+                    raise item
+                yield item
+        finally:
+            if not finished:
+                self._inbox.put(_Abort(request.request_id, mailbox))
+
+    def _run(self) -> None:
+        try:
+            while self._read_inbox():
+                self._deliver(self._engine.step())
+                self._load = self._engine.load()
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._failure = error
+            self._refuse_all()
+            while not self._stopped:  # until then, nobody who comes late waits for ever
+                self._refuse(self._inbox.get())
+        self._refuse_all()
+
+    def _read_inbox(self) -> bool:
+        """Take what has arrived; sleeps while there is nothing to do. False: stop."""
+        while not self._stopped:
+            try:
+                self._take(self._inbox.get(block=not self._engine.has_work))
+            except queue.Empty:
+                return True
+        return False
+
+    def _take(self, message: "_Add | _Abort | _Stop") -> None:
+        if isinstance(message, _Stop):
+            self._stopped = True
+        elif isinstance(message, _Abort):
+            # Only its own: a refused request must not abort the running one whose id it had.
+            if self._mailboxes.get(message.request_id) is message.mailbox:
+                del self._mailboxes[message.request_id]
+                self._engine.abort(message.request_id)
+                self._load = self._engine.load()
+        else:
+            try:
+                self._engine.add(message.request)
+            except RequestError as error:
+                _post([(message.mailbox, error)])
+            else:
+                self._mailboxes[message.request.request_id] = message.mailbox
+
+    def _deliver(self, chunks: list[tuple[str, Chunk]]) -> None:
+        letters: list[tuple[_Mailbox, Chunk | RequestError]] = []
+        for request_id, chunk in chunks:
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is None:
+                continue
+            letters.append((mailbox, chunk))
+            if chunk.finish is not None:
+                del self._mailboxes[request_id]
+        _post(letters)
+
+    def _refuse_all(self) -> None:
+        _post([(mailbox, _gone()) for mailbox in self._mailboxes.values()])
+        self._mailboxes.clear()
+        while not self._inbox.empty():
+            self._refuse(self._inbox.get())
+
+    def _refuse(self, message: "_Add | _Abort | _Stop") -> None:
+        if isinstance(message, _Stop):
+            self._stopped = True
+        elif isinstance(message, _Add):
+            _post([(message.mailbox, _gone())])
+
+
+def _gone() -> Unavailable:
+    return Unavailable("the replica's engine has stopped")
+
+
+def _post(letters: list[tuple[_Mailbox, Chunk | RequestError]]) -> None:
+    """Hand everything over with one wake-up an event loop, not one a chunk."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Chunk | RequestError]]] = {}
+    for letter in letters:
+        by_loop.setdefault(letter[0].loop, []).append(letter)
+    for loop, own in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, own)
+        except RuntimeError:  # the loop was closed: nobody is left to read
+            continue
+
+
+def _put_all(letters: list[tuple[_Mailbox, Chunk | RequestError]]) -> None:
+    for mailbox, item in letters:
+        mailbox.queue.put_nowait(item)

@@ -1,0 +1,33 @@
+"""From a model folder and an EngineConfig to an engine that is ready to step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.engine import Engine, StepRecord
+from trimode.replicas.model.transformer import torch_dtype
+from trimode.replicas.model.weights import Progress, load_model
+from trimode.replicas.model_runner import TorchModelRunner
+
+
+def build_engine(
+    folder: Path,
+    config: EngineConfig,
+    *,
+    dtype: str = "auto",
+    adapter: bool = True,
+    progress: Progress | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Engine:
+    """Load a checkpoint onto the GPU where there is one, else the CPU.
+
+    dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
+    Raises CheckpointError.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
+    return Engine(TorchModelRunner(model, config), config, on_step=on_step)

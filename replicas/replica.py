@@ -1,0 +1,66 @@
+"""Replica: the Serve deployment around one engine. Ray calls it; it decides nothing."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.engine_loop import EngineLoop
+from trimode.replicas.types import Chunk, EngineLoad, ModelInfo, Request
+
+
+class Replica:
+    """One copy of the model. Every replica can run every mode up to its largest block."""
+
+    def __init__(
+        self, model_folder: str, dtype: str, num_threads: int, engine: EngineConfig
+    ) -> None:
+        # Here and not above: whoever builds or routes to the application names this class without
+        # paying for torch.
+        import torch
+
+        from trimode.replicas.loading import build_engine
+
+        torch.set_num_threads(num_threads)
+        self._engine = build_engine(Path(model_folder), engine, dtype=dtype)
+        self._loop = EngineLoop(self._engine)
+        self._loop.start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The chunks of a request; a caller that goes away frees all it holds.
+
+        Raises InvalidRequest or Overloaded before the first chunk, TimeoutError at its deadline.
+        """
+        async with asyncio.timeout(request.timeout_s):
+            async for chunk in self._loop.generate(request):
+                yield chunk
+
+    async def describe(self) -> ModelInfo:
+        """What this replica serves."""
+        return self._engine.info
+
+    async def load(self) -> EngineLoad:
+        """How busy its engine was after the last step."""
+        return self._loop.load
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """The same for Serve, which carries it to every gateway's request router."""
+        return asdict(self._loop.load)
+
+    async def process_id(self) -> int:
+        """Of this replica, for operators and failure tests."""
+        return os.getpid()
+
+    def check_health(self) -> None:
+        """Serve's health check: raises once the engine has failed, so that Serve replaces the
+        replica.
+        """
+        self._loop.check_health()
+
+    def __del__(self) -> None:
+        loop = getattr(self, "_loop", None)  # absent where the constructor failed
+        if loop is not None:
+            loop.stop()
