@@ -1,0 +1,104 @@
+"""The `trimode` command. Each subcommand imports what it needs: `generate --address` must not wait
+for Ray.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from trimode.replicas.errors import TrimodeError
+from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve Nemotron-Labs-Diffusion models; the decoding mode is a property of each request.",
+)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="Cluster YAML. Default: a local demo.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides gateway.port.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster. Default: a local one.")
+    ] = None,
+) -> None:
+    """Start gateway and pools, wait until they are ready, serve until Ctrl-C."""
+    # Ray reads these when it is imported, here and in every process it starts.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from trimode.cluster import serve as command
+
+    command.run(command.load_config(config, port), ray_address)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids: 1,2,3")] = None,
+    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    mode: Annotated[str, typer.Option(help="auto, ar, diffusion or speculation.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling noise.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Pins the block size.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Default: 0.9 in diffusion, 0 (one-pass drafts) else.")
+    ] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Draft without it.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of a served cluster.")] = None,
+) -> None:
+    """Continue a prompt, in this process or (with --address) on a cluster."""
+    from trimode.cluster import generate as command
+
+    if mode not in command.MODE_NAMES:
+        raise typer.BadParameter(f"{mode!r} is not one of {', '.join(command.MODE_NAMES)}")
+    options = command.Options(
+        prompt=prompt if prompt_file is None else prompt_file.read_text(),
+        prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
+        model=model,
+        mode=command.MODE_NAMES[mode],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        block_size=block_size,
+        threshold=threshold,
+        adapter=not no_adapter,
+        dtype=dtype,
+        address=address,
+    )
+    command.run(options, as_json=as_json)
+
+
+def _parse_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--prompt-ids takes numbers like 1,2,3, got {text!r}") from None
+
+
+def main() -> None:
+    """Run the command; errors raised on purpose are one line, not a trace."""
+    try:
+        app()
+    except TrimodeError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"trimode: {error}", markup=False
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""ClusterConfig: everything a cluster is made of, from one YAML. An unknown key is an error that
+names it.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.errors import ConfigError
+from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.types import Mode
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Settings):
+    """Which checkpoint, and in which precision."""
+
+    path: Path | None = None  # a model folder; None: the bundled checkpoint
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path is not None else BUNDLED_CHECKPOINT
+
+
+class EngineSettings(_Settings):
+    """Bounds of every engine; `replicas.config.EngineConfig` says what they mean."""
+
+    page_size: int = Field(16, ge=1)
+    num_pages: int = Field(4096, ge=1)
+    max_sequences: int = Field(64, ge=1)
+    max_waiting: int = Field(256, ge=1)
+    max_step_tokens: int = Field(2048, ge=1)
+
+
+class PoolSettings(_Settings):
+    """Replicas of one purpose and one hardware shape."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
+    mode: Literal["autoregressive", "block_diffusion", "self_speculation"]
+    max_block_size: int = Field(32, ge=1)  # 1 speculates nothing
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1, gt=0)  # per replica
+    gpus: float = Field(0, ge=0)  # per replica
+
+    @property
+    def decoding_mode(self) -> Mode:
+        return Mode(self.mode)
+
+
+class GatewaySettings(_Settings):
+    """The gRPC front."""
+
+    host: str = "127.0.0.1"  # loopback unless told otherwise
+    port: int = Field(50051, ge=1, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    max_streams: int = Field(1024, ge=1)  # in progress in one gateway
+    keepalive_s: float = Field(60, ge=1)  # between pings on an idle connection
+    drain_s: float = Field(5, ge=0)  # how long running streams may go on once it is stopped
+    default_max_tokens: int = Field(256, ge=1)
+
+
+class RouterSettings(_Settings):
+    """How AUTO requests are placed."""
+
+    # Requests in progress per self-speculation replica from which AUTO goes to the AR pool.
+    auto_concurrency: int = Field(4, ge=1)
+
+
+class ClusterConfig(_Settings):
+    """One model, one gateway, any number of pools."""
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    pools: tuple[PoolSettings, ...] = (
+        PoolSettings(name="speculation", mode="self_speculation"),
+        PoolSettings(name="autoregressive", mode="autoregressive", max_block_size=1),
+    )
+    gateway: GatewaySettings = GatewaySettings()
+    router: RouterSettings = RouterSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClusterConfig":
+        names = [pool.name for pool in self.pools]
+        if not names:
+            raise ValueError("pools: at least one is needed")
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: names must differ, got {names}")
+        if "gateway" in names:
+            raise ValueError("pools: the name 'gateway' is taken")
+        for pool in self.pools:
+            self.engine_config(pool)  # raises ConfigError, a ValueError to pydantic's eyes
+        return self
+
+    def engine_config(self, pool: PoolSettings) -> EngineConfig:
+        """The engine of one pool's replicas."""
+        try:
+            return EngineConfig(**self.engine.model_dump(), max_block_size=pool.max_block_size)
+        except ConfigError as error:
+            raise ValueError(f"pool {pool.name}: {error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> "ClusterConfig":
+        """Read a YAML file. Raises ConfigError that names the file and the key."""
+        try:
+            raw = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        return cls.parse(raw, where=str(path))
+
+    @classmethod
+    def parse(cls, raw: Any, where: str = "config") -> "ClusterConfig":
+        """Check a parsed document; `where` names it in errors."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            lines = [
+                f"  {'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}"
+                for problem in error.errors()
+            ]
+            heading = f"{where} is not a valid configuration:"
+            raise ConfigError("\n".join([heading, *lines])) from None

@@ -1,0 +1,124 @@
+"""Between the wire and the core: trimode.v1 messages to Request, Chunk to messages. Nothing else
+knows both.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+from trimode.cluster.tokenizer import Tokenizer
+from trimode.proto import inference_pb2 as pb
+from trimode.replicas.errors import InvalidRequest
+from trimode.replicas.types import MAX_SEED, Chunk, Finish, FinishReason, Mode, Request
+
+MAX_REQUEST_ID_LEN = 128
+
+MODES: dict[pb.Mode, Mode] = {
+    pb.MODE_UNSPECIFIED: Mode.AUTO,
+    pb.MODE_AUTO: Mode.AUTO,
+    pb.MODE_AUTOREGRESSIVE: Mode.AUTOREGRESSIVE,
+    pb.MODE_BLOCK_DIFFUSION: Mode.BLOCK_DIFFUSION,
+    pb.MODE_SELF_SPECULATION: Mode.SELF_SPECULATION,
+}
+MODE_MESSAGES = {mode: message for message, mode in MODES.items()}
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What unset fields of a request mean."""
+
+    max_tokens: int
+    max_positions: int  # prompt and output together
+
+
+def to_request(
+    message: pb.GenerateRequest,
+    tokenizer: Tokenizer | None,
+    defaults: Defaults,
+    timeout_s: float | None,
+) -> Request:
+    """Check and convert a message; raises InvalidRequest that names the field."""
+    prompt_ids = _prompt_ids(message, tokenizer)
+    room = defaults.max_positions - len(prompt_ids)
+    if room < 1:
+        raise InvalidRequest(
+            "prompt",
+            f"{len(prompt_ids)} tokens leave no room for output; the model has "
+            f"{defaults.max_positions} positions",
+        )
+    mode = MODES.get(message.mode)
+    if mode is None:
+        raise InvalidRequest("mode", f"{message.mode} is not a value of trimode.v1.Mode")
+    sampling, stop = message.sampling, message.stop
+    return Request(
+        request_id=_request_id(message.request_id),
+        prompt_ids=tuple(prompt_ids),
+        mode=mode,
+        max_tokens=(
+            stop.max_tokens if stop.HasField("max_tokens") else min(defaults.max_tokens, room)
+        ),
+        temperature=sampling.temperature,
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbelow(MAX_SEED),
+        stop_ids=tuple(stop.stop_token_ids),
+        block_size=message.block_size if message.HasField("block_size") else None,
+        threshold=message.threshold if message.HasField("threshold") else None,
+        use_adapter=message.use_draft_adapter if message.HasField("use_draft_adapter") else True,
+        timeout_s=timeout_s,
+    )
+
+
+def to_response(request: Request, chunk: Chunk, text: str) -> pb.GenerateResponse:
+    """One message for one chunk of a routed request."""
+    message = pb.GenerateResponse(
+        request_id=request.request_id,
+        text=text,
+        token_ids=chunk.token_ids,
+        mode=MODE_MESSAGES[request.mode],
+    )
+    if chunk.finish is not None:
+        message.finish.CopyFrom(_finish(request, chunk.finish))
+    return message
+
+
+def _finish(request: Request, finish: Finish) -> pb.Finish:
+    timings = finish.timings
+    ranking = request.ranking
+    return pb.Finish(
+        reason=FINISH_REASONS[finish.reason],
+        usage=pb.Usage(
+            prompt_tokens=finish.prompt_tokens, completion_tokens=finish.completion_tokens
+        ),
+        forwards=finish.forwards,
+        accepted=finish.accepted,
+        timings=pb.Timings(
+            queue_seconds=timings.queue_s,
+            first_token_seconds=timings.first_token_s,
+            total_seconds=timings.total_s,
+        ),
+        pool=ranking.pool if ranking else "",
+        routing_reason=ranking.reason if ranking else "",
+    )
+
+
+def _prompt_ids(message: pb.GenerateRequest, tokenizer: Tokenizer | None) -> list[int]:
+    match message.WhichOneof("prompt"):
+        case "token_ids":
+            return list(message.token_ids.ids)
+        case "text":
+            if tokenizer is None:
+                raise InvalidRequest("text", "the model has no tokenizer; send token_ids")
+            return tokenizer.encode(message.text)
+        case _:
+            raise InvalidRequest("prompt", "is required: set text or token_ids")
+
+
+def _request_id(given: str) -> str:
+    if len(given) > MAX_REQUEST_ID_LEN:
+        raise InvalidRequest(
+            "request_id", f"at most {MAX_REQUEST_ID_LEN} characters, got {len(given)}"
+        )
+    return given or f"req-{secrets.token_hex(8)}"

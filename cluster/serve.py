@@ -1,0 +1,139 @@
+"""`trimode serve`: brings a cluster up, tells how to call it, and takes it down without a trace."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
+from trimode.cluster.config import ClusterConfig
+from trimode.replicas.errors import ConfigError, Unavailable
+
+READY_TIMEOUT_S = 1800.0  # 14B weights over a slow disk
+POLL_S = 0.2
+
+
+def run(config: ClusterConfig, ray_address: str | None) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError or Unavailable where it cannot start."""
+    console = Console(highlight=False)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():  # asked twice: no more draining
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if ray_address is None:
+        _check_port(config)
+    try:
+        _start(config, ray_address, console, stop)
+        if not stop.is_set():
+            _announce(config, console)
+            stop.wait()
+        console.print("stopping: running streams may finish, new ones are refused")
+        _drain(config)
+    finally:
+        if ray_address is not None:
+            serve.delete(APP_NAME)
+        ray.shutdown()
+    console.print("stopped")
+
+
+def _check_port(config: ClusterConfig) -> None:
+    """Ask before Ray is started: a gateway's own failure would show minutes later and far away."""
+    with socket.socket(socket.AF_INET6 if ":" in config.gateway.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.gateway.host, config.gateway.port))
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.port: cannot listen on {config.gateway.host}:{config.gateway.port} "
+                f"({error.strerror}); is another trimode running? Choose another with --port"
+            ) from None
+
+
+def _start(
+    config: ClusterConfig, ray_address: str | None, console: Console, stop: threading.Event
+) -> None:
+    cpus_needed = sum(pool.replicas * pool.cpus for pool in config.pools)
+    with console.status("starting Ray") as status:
+        if ray_address is None:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, -(-int(cpus_needed) // 1)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        else:
+            ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+        status.update("starting Ray Serve")
+        serve.start(proxy_location="Disabled")
+        # The public serve.run() is imperative; a declared application is what autoscaling and
+        # KubeRay work on.
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config(config)))
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not stop.is_set():
+            application = serve.status().applications.get(APP_NAME)
+            if application is not None:
+                if application.status == ApplicationStatus.RUNNING:
+                    return
+                if application.status == ApplicationStatus.DEPLOY_FAILED:
+                    raise Unavailable(f"the cluster did not start:\n{application.message}")
+                status.update("waiting for " + _progress(application))
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the cluster was not ready after {READY_TIMEOUT_S:.0f} s")
+            time.sleep(POLL_S)
+
+
+def _progress(application: "serve.schema.ApplicationStatusOverview") -> str:
+    """'gateway 0/1, speculation 1/1' from Serve's status."""
+    parts = []
+    for name, deployment in application.deployments.items():
+        states = {str(state): count for state, count in deployment.replica_states.items()}
+        parts.append(f"{name} {states.get('RUNNING', 0)}/{sum(states.values())}")
+    return ", ".join(parts) or "the application to be built"
+
+
+def _announce(config: ClusterConfig, console: Console) -> None:
+    address = f"{config.gateway.host}:{config.gateway.port}"
+    pools = Table(box=None, pad_edge=False)
+    for column in ("pool", "mode", "largest block", "replicas"):
+        pools.add_column(column)
+    for pool in config.pools:
+        pools.add_row(pool.name, pool.mode, str(pool.max_block_size), str(pool.replicas))
+    console.print(Panel(pools, title=f"trimode serves {config.model.folder.name} on {address}"))
+    console.print("Try, from another terminal:")
+    console.print(f'  trimode generate --address {address} --prompt "def main("', soft_wrap=True)
+    console.print("Ctrl-C stops it.")
+
+
+def _drain(config: ClusterConfig) -> None:
+    """Let streams finish. A gateway that is not there has none."""
+    try:
+        gateway = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        gateway.drain.remote().result(timeout_s=config.gateway.drain_s + 2)
+    except Exception:
+        return
+
+
+def load_config(path: Path | None, port: int | None) -> ClusterConfig:
+    """The file's configuration, or the default one, with the command's overrides."""
+    config = ClusterConfig() if path is None else ClusterConfig.load(path)
+    if port is None:
+        return config
+    document = config.model_dump(mode="json")
+    return ClusterConfig.parse(document | {"gateway": document["gateway"] | {"port": port}})
