@@ -61,7 +61,7 @@ class Stage:
 
 
 AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
-JOINT_STAGE = Stage("joint", num_steps=3000, batch_size=8, learning_rate=3e-3, decay_share=0.5)
+JOINT_STAGE = Stage("joint", num_steps=2000, batch_size=8, learning_rate=3e-3, decay_share=0.5)
 ADAPTER_STAGE = Stage("adapter", num_steps=500, batch_size=16, learning_rate=2e-3, decay_share=0.5)
 ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
 
