@@ -1,0 +1,61 @@
+"""One YAML makes a cluster; a mistake in it is named."""
+
+from pathlib import Path
+
+import pytest
+
+from trimode.cluster.config import ClusterConfig
+from trimode.replicas.errors import ConfigError
+
+
+def test_an_empty_document_is_the_default_cluster() -> None:
+    config = ClusterConfig.parse({})
+    assert [(pool.mode, pool.max_block_size) for pool in config.pools] == [
+        ("self_speculation", 32),
+        ("autoregressive", 1),
+    ]
+
+
+def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
+    assert ClusterConfig.parse({}).gateway.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("document", "named"),
+    [
+        ({"gatway": {}}, "gatway"),
+        ({"gateway": {"prot": 1}}, "gateway.prot"),
+        ({"gateway": {"port": 70000}}, "gateway.port"),
+        ({"pools": []}, "pools"),
+        ({"pools": [{"name": "Bad Name", "mode": "autoregressive"}]}, "pools.0.name"),
+        ({"pools": [{"name": "a", "mode": "telepathy"}]}, "pools.0.mode"),
+        ({"pools": [{"name": "a", "mode": "autoregressive"}] * 2}, "names must differ"),
+        ({"pools": [{"name": "gateway", "mode": "autoregressive"}]}, "'gateway' is taken"),
+        ({"engine": {"max_step_tokens": 16}}, "engine.max_step_tokens is 16"),
+        ([], "not a valid configuration"),
+    ],
+)
+def test_a_mistake_is_named(document: object, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ClusterConfig.parse(document)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        ClusterConfig.load(tmp_path / "absent.yaml")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("pools: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        ClusterConfig.load(tmp_path / "broken.yaml")
+
+
+def test_a_pool_bounds_its_engines_by_its_own_largest_block() -> None:
+    config = ClusterConfig.parse({})
+    assert [config.engine_config(pool).max_block_size for pool in config.pools] == [32, 1]
+
+
+def test_a_configuration_survives_the_way_through_serve() -> None:
+    config = ClusterConfig.parse({"model": {"path": "/models/8b"}, "gateway": {"port": 1234}})
+    assert ClusterConfig.parse(config.model_dump(mode="json")) == config

@@ -1,0 +1,103 @@
+"""Messages become requests or a named mistake; chunks become messages."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimode.cluster.messages import Defaults, to_request, to_response
+from trimode.proto import inference_pb2 as pb
+from trimode.replicas.errors import InvalidRequest
+from trimode.replicas.types import Chunk, Finish, FinishReason, Mode, Ranking, Request, Timings
+
+DEFAULTS = Defaults(max_tokens=256, max_positions=1024)
+IDS = pb.TokenIds(ids=[5, 6])
+
+
+def convert(message: pb.GenerateRequest) -> Request:
+    return to_request(message, None, DEFAULTS, None)
+
+
+def test_unset_fields_take_the_documented_defaults() -> None:
+    request = convert(pb.GenerateRequest(token_ids=IDS))
+    assert (request.mode, request.temperature, request.max_tokens) == (Mode.AUTO, 0.0, 256)
+    assert (request.block_size, request.threshold, request.use_adapter) == (None, None, True)
+
+
+def test_zero_is_kept_where_it_means_something() -> None:
+    request = convert(
+        pb.GenerateRequest(
+            token_ids=IDS, threshold=0.0, use_draft_adapter=False, sampling=pb.Sampling(seed=0)
+        )
+    )
+    assert (request.threshold, request.use_adapter, request.seed) == (0.0, False, 0)
+
+
+def test_two_requests_without_a_seed_get_different_ones() -> None:
+    message = pb.GenerateRequest(token_ids=IDS)
+    assert convert(message).seed != convert(message).seed
+
+
+def test_the_default_output_shrinks_to_what_the_model_has_room_for() -> None:
+    request = convert(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 1000)))
+    assert request.max_tokens == 24
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.GenerateRequest(), "prompt"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "prompt"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 1024)), "prompt"),
+        (pb.GenerateRequest(text="hello"), "text"),
+        (pb.GenerateRequest(token_ids=IDS, mode=99), "mode"),
+        (pb.GenerateRequest(token_ids=IDS, request_id="x" * 129), "request_id"),
+        (pb.GenerateRequest(token_ids=IDS, sampling=pb.Sampling(temperature=-1)), "temperature"),
+        (
+            pb.GenerateRequest(token_ids=IDS, sampling=pb.Sampling(temperature=float("nan"))),
+            "temperature",
+        ),
+        (pb.GenerateRequest(token_ids=IDS, sampling=pb.Sampling(seed=2**63)), "seed"),
+        (pb.GenerateRequest(token_ids=IDS, stop=pb.StopConditions(max_tokens=0)), "max_tokens"),
+        (
+            pb.GenerateRequest(token_ids=IDS, stop=pb.StopConditions(stop_token_ids=[1] * 65)),
+            "stop_token_ids",
+        ),
+        (pb.GenerateRequest(token_ids=IDS, block_size=0), "block_size"),
+        (pb.GenerateRequest(token_ids=IDS, threshold=1.5), "threshold"),
+    ],
+)
+def test_a_mistake_is_named(message: pb.GenerateRequest, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        convert(message)
+    assert caught.value.field == field
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=80))
+def test_whatever_parses_becomes_a_request_or_a_named_mistake(wire: bytes) -> None:
+    message = pb.GenerateRequest()
+    try:
+        message.ParseFromString(wire)
+    except Exception:  # not a message at all: gRPC itself refuses it
+        return
+    try:
+        request = convert(message)
+    except InvalidRequest:
+        return
+    assert request.prompt_ids
+
+
+def test_the_last_message_carries_the_account() -> None:
+    ranking = Ranking("pool", (), "because")
+    request = Request("r", (1,), Mode.SELF_SPECULATION, 8, ranking=ranking)
+    finish = Finish(FinishReason.LENGTH, 1, 8, 5, (3, 5), Timings(0.1, 0.2, 0.3))
+    message = to_response(request, Chunk((7, 8), finish), "text")
+    assert message.mode == pb.MODE_SELF_SPECULATION
+    assert message.finish.reason == pb.FINISH_REASON_LENGTH
+    assert (list(message.finish.accepted), message.finish.forwards) == ([3, 5], 5)
+    assert (message.finish.pool, message.finish.routing_reason) == ("pool", "because")
+
+
+def test_a_message_in_between_has_no_finish() -> None:
+    request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8)
+    assert not to_response(request, Chunk((7,)), "t").HasField("finish")
