@@ -1,5 +1,7 @@
 """`trimode serve`: brings a cluster up, tells how to call it, and takes it down without a trace."""
 
+import asyncio
+import logging
 import os
 import signal
 import socket
@@ -9,8 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 import ray
+import structlog
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from rich.console import Console
 from rich.panel import Panel
@@ -19,6 +24,9 @@ from rich.table import Table
 from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
 from trimode.cluster.config import ClusterConfig
 from trimode.replicas.errors import ConfigError, Unavailable
+
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress is ours to show
+logger = structlog.get_logger(__name__)
 
 READY_TIMEOUT_S = 1800.0  # 14B weights over a slow disk
 POLL_S = 0.2
@@ -44,7 +52,7 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
             _announce(config, console)
             stop.wait()
         console.print("stopping: running streams may finish, new ones are refused")
-        _drain(config)
+        asyncio.run(_drain(config))
     finally:
         if ray_address is not None:
             serve.delete(APP_NAME)
@@ -121,13 +129,14 @@ def _announce(config: ClusterConfig, console: Console) -> None:
     console.print("Ctrl-C stops it.")
 
 
-def _drain(config: ClusterConfig) -> None:
-    """Let streams finish. A gateway that is not there has none."""
+async def _drain(config: ClusterConfig) -> None:
+    """Let streams finish; a gateway that is not there has none. Serve's handles need a loop."""
     try:
         gateway = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
-        gateway.drain.remote().result(timeout_s=config.gateway.drain_s + 2)
-    except Exception:
-        return
+        async with asyncio.timeout(config.gateway.drain_s + 2):
+            await gateway.drain.remote()
+    except (RayError, RayServeException, TimeoutError) as error:
+        logger.warning("the gateway could not be drained", error=str(error))
 
 
 def load_config(path: Path | None, port: int | None) -> ClusterConfig:

@@ -80,6 +80,7 @@ class Scheduler:
             raise Overloaded(f"{len(self._waiting)} requests are waiting, the limit (max_waiting)")
         sequence.num_pages = needed
         self._waiting.append(sequence)
+        self._admit()  # at once where there is room: a burst on an idle engine is not a queue
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence at any stage and free all it holds."""
