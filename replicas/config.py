@@ -23,11 +23,11 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, is {getattr(self, name)}")
         # The scheduler keeps a quarter of each step for prefill; one block must fit into the rest.
-        if self.decode_tokens < self.max_block_size:
-            needed = -(-self.max_block_size * 4 // 3)
+        needed = max(4, (4 * self.max_block_size - 1) // 3)
+        if self.max_step_tokens < needed:
             raise ConfigError(
-                f"engine.max_step_tokens is {self.max_step_tokens}; a block of "
-                f"{self.max_block_size} beside a prefill needs at least {needed}"
+                f"engine.max_step_tokens is {self.max_step_tokens}; blocks of "
+                f"{self.max_block_size} beside a prefill need at least {needed}"
             )
 
     @property

@@ -11,7 +11,7 @@ from trimode.replicas.errors import InvalidRequest
 from trimode.replicas.model_runner import ModelRunner
 from trimode.replicas.scheduler import Scheduler
 from trimode.replicas.sequence import Sequence
-from trimode.replicas.types import Chunk, EngineLoad, ModelInfo, Request
+from trimode.replicas.types import Chunk, EngineLoad, Mode, ModelInfo, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +125,4 @@ class Engine:
         limit = min(info.block_size, config.max_block_size)
         if request.block_size is not None and request.block_size > limit:
             raise InvalidRequest("block_size", f"at most {limit} here, is {request.block_size}")
-        return request.block_size or limit
+        return 1 if request.mode is Mode.AUTOREGRESSIVE else request.block_size or limit

@@ -76,6 +76,7 @@ class Scheduler:
                 f"tokens need {needed} pages of {self._pool.page_size} slots; the cache has "
                 f"{self._pool.num_pages}",
             )
+        self._admit()  # what has room now does not count as waiting
         if len(self._waiting) >= self._config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting, the limit (max_waiting)")
         sequence.num_pages = needed
@@ -108,7 +109,8 @@ class Scheduler:
             scheduled.append(Scheduled(sequence, query))
         now = self._clock()
         for item in scheduled:
-            item.sequence.scheduled_at = item.sequence.scheduled_at or now
+            if item.sequence.scheduled_at is None:
+                item.sequence.scheduled_at = now
         return scheduled
 
     def update(
@@ -126,7 +128,8 @@ class Scheduler:
             if not outcome.emitted:
                 continue
             taken = sequence.append(list(outcome.emitted))
-            sequence.first_token_at = sequence.first_token_at or now
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
             finish = None
             if sequence.finish_reason is not None:
                 self._leave(sequence)

@@ -59,6 +59,10 @@ class Sequence:
         """The closing account; the sequence must have a finish reason."""
         assert self.finish_reason is not None
         start = self.arrived_at
+
+        def since(moment: float | None) -> float:
+            return (now if moment is None else moment) - start
+
         return Finish(
             reason=self.finish_reason,
             prompt_tokens=self.num_prompt_tokens,
@@ -66,8 +70,8 @@ class Sequence:
             forwards=self.num_forwards,
             accepted=tuple(self.accepted),
             timings=Timings(
-                queue_s=(self.scheduled_at or now) - start,
-                first_token_s=(self.first_token_at or now) - start,
-                total_s=now - start,
+                queue_s=since(self.scheduled_at),
+                first_token_s=since(self.first_token_at),
+                total_s=since(now),
             ),
         )

@@ -23,11 +23,12 @@ class LoadBoard:
     """
 
     def __init__(self) -> None:
-        self._live: dict[str, dict[str, EngineLoad | None]] = {}  # by pool, id
+        # By pool, then by replica id.
+        self._live: dict[str, dict[str, EngineLoad | None]] = {}
         self._routed: dict[str, tuple[str, str | None]] = {}  # request id -> pool, replica
 
     def see(self, pool: str, reports: Mapping[str, EngineLoad | None]) -> None:
-        """Take the live replicas of a pool and what each last reported; replaces the view before."""
+        """Take the live replicas of a pool and what each last reported; replaces what was."""
         self._live[pool] = dict(reports)
 
     def started(self, request_id: str, pool: str) -> None:

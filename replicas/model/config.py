@@ -4,6 +4,7 @@ nowhere else.
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,11 @@ def _rope(raw: Any, where: str) -> RopeConfig:
     if raw.get("rope_type") != "yarn":
         raise CheckpointError(f"{where}.rope_type is {raw.get('rope_type')!r}; supported: 'yarn'")
     number = _Reader(raw, where)
+    theta = number.real("rope_theta")
+    if theta <= 1:
+        raise CheckpointError(f"{where}: rope_theta must be above 1, is {theta}")
     return RopeConfig(
-        theta=number.real("rope_theta"),
+        theta=theta,
         factor=number.real("factor"),
         original_max_positions=number.positive_int("original_max_position_embeddings"),
         beta_fast=number.real("beta_fast"),
@@ -149,7 +153,7 @@ class _Reader:
 
     def real(self, key: str) -> float:
         value = self.raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
             raise CheckpointError(f"{self.where}: {key} must be a number above 0, is {value!r}")
         return float(value)
 

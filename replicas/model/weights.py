@@ -10,6 +10,7 @@ No remote code and no pickle: only safetensors are opened.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}") from None
+    if not names:
+        raise CheckpointError(f"{index}: weight_map names no shard")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: shard {name!r} must be a file name in the same folder")
@@ -118,14 +121,16 @@ def _adapter_shape(path: Path) -> tuple[int, float]:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
     for key, wanted in REQUIRED_ADAPTER_VALUES.items():
         if raw.get(key, wanted) != wanted:
             raise CheckpointError(f"{path}: {key} is {raw[key]!r}; supported: {wanted!r}")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise CheckpointError(f"{path}: r must be an integer above 0, is {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: lora_alpha must be a number, is {alpha!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha must be a finite number, is {alpha!r}")
     return rank, float(alpha)
 
 

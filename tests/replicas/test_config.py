@@ -12,15 +12,18 @@ def test_a_setting_below_1_is_refused_by_name(name: str, value: int) -> None:
 
 
 def test_a_block_must_fit_into_a_pass_beside_a_prefill() -> None:
-    with pytest.raises(ConfigError, match=r"max_step_tokens is 41; a block of 32.*needs"):
+    with pytest.raises(ConfigError, match=r"max_step_tokens is 41; blocks of 32.* at least 42"):
         EngineConfig(max_step_tokens=41)
 
 
 @pytest.mark.parametrize("block_size", range(1, 40))
-def test_the_least_that_the_error_names_does_work(block_size: int) -> None:
-    least = -(-block_size * 4 // 3)
+def test_the_least_that_the_error_names_works_and_leaves_prefill_its_share(block_size: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(max_block_size=block_size, max_step_tokens=1)
+    least = int(str(caught.value).rsplit(" ", 1)[1])
     config = EngineConfig(max_block_size=block_size, max_step_tokens=least)
     assert config.decode_tokens >= block_size
+    assert config.prefill_tokens >= 1
 
 
 def test_prefill_is_left_a_quarter_of_a_pass() -> None:

@@ -252,3 +252,10 @@ def test_a_missing_adapter_tensor_is_named(folder: Path) -> None:
     path = folder / "linear_spec_lora" / "adapter_model.safetensors"
     change_tensors(path, **{LORA_A: None})
     fails(folder, "linear_spec_lora", "1 tensors are missing", LORA_A)
+
+
+def test_an_index_that_names_no_shard_is_refused(tmp_path: Path, tiny_config_dict: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config_dict))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="names no shard"):
+        load_model(tmp_path, torch.float32)

@@ -1,0 +1,117 @@
+"""The thread around the engine: nothing hangs, nothing leaks, one failure is everybody's news."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.engine import Engine
+from trimode.replicas.engine_loop import EngineLoop
+from trimode.replicas.errors import InvalidRequest, Unavailable
+from trimode.replicas.types import Mode, Request
+
+LONG = Request("long", (5, 6), Mode.AUTOREGRESSIVE, 400)
+
+
+@pytest.fixture
+def make_engine(
+    scripted_runner: Any, small_engine: Callable[..., EngineConfig]
+) -> Callable[[], Engine]:
+    class Unhurried(scripted_runner):  # type: ignore[misc]
+        """Slow enough that a stream is still going on when the test looks at it."""
+
+        def run(self, scheduled: Any) -> Any:
+            time.sleep(0.002)
+            return super().run(scheduled)
+
+    return lambda: Engine(Unhurried(), small_engine())
+
+
+@pytest.fixture
+async def loop(make_engine: Callable[[], Engine]) -> AsyncIterator[EngineLoop]:
+    loop = EngineLoop(make_engine())
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+async def until_idle(loop: EngineLoop) -> None:
+    async with asyncio.timeout(10):
+        while loop.load.running or loop.load.waiting:
+            await asyncio.sleep(0.01)
+
+
+async def tokens_of(loop: EngineLoop, request: Request) -> list[int]:
+    return [i async for chunk in loop.generate(request) for i in chunk.token_ids]
+
+
+async def test_a_stream_ends_with_its_finish(loop: EngineLoop) -> None:
+    request = Request("r", (5, 6), Mode.AUTOREGRESSIVE, 6)
+    assert 1 <= len(await tokens_of(loop, request)) <= 6
+
+
+async def test_leaving_a_stream_frees_all_its_pages(loop: EngineLoop) -> None:
+    stream = loop.generate(LONG)
+    await anext(stream)
+    await stream.aclose()
+    await until_idle(loop)
+    assert loop.load.free_pages == loop.load.total_pages
+
+
+async def test_a_refused_request_is_its_own_error_only(loop: EngineLoop) -> None:
+    stream = loop.generate(LONG)
+    await anext(stream)
+    with pytest.raises(InvalidRequest):
+        await tokens_of(loop, Request("bad", (10**6,), Mode.AUTOREGRESSIVE, 6))
+    assert (await anext(stream)).token_ids
+    await stream.aclose()
+
+
+async def test_a_refused_duplicate_does_not_abort_the_owner_of_the_id(loop: EngineLoop) -> None:
+    stream = loop.generate(LONG)
+    await anext(stream)
+    with pytest.raises(InvalidRequest, match="request_id"):
+        await tokens_of(loop, LONG)
+    assert (await anext(stream)).token_ids
+    await stream.aclose()
+
+
+async def test_a_failed_step_ends_every_stream_and_the_health(
+    loop: EngineLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = loop.generate(LONG)
+    await anext(stream)
+    loop.check_health()
+
+    def broken(scheduled: Any) -> None:
+        raise MemoryError("the device is gone")
+
+    monkeypatch.setattr(loop._engine._runner, "run", broken)
+    with pytest.raises(Unavailable):
+        async for _ in stream:
+            pass
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        loop.check_health()
+
+
+async def test_a_request_that_comes_after_a_failure_is_refused_at_once(
+    loop: EngineLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop._engine._runner, "run", None)  # not callable
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await tokens_of(loop, LONG)
+
+
+async def test_stopping_tells_those_who_still_wait(make_engine: Callable[[], Engine]) -> None:
+    loop = EngineLoop(make_engine())
+    loop.start()
+    stream = loop.generate(LONG)
+    await anext(stream)
+    await asyncio.to_thread(loop.stop)
+    with pytest.raises(Unavailable):
+        async for _ in stream:
+            pass
