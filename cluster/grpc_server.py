@@ -56,7 +56,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 async for reply in replies:
                     await context.write(reply)
         except tuple(STATUS_CODES) as error:
-            await context.abort(STATUS_CODES[type(error)], str(error) or "the deadline passed")
+            await context.abort(_status(error), str(error) or "the deadline passed")
         except Exception:
             logger.exception("request failed", request_id=message.request_id)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
@@ -75,6 +75,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 last = chunk.finish is not None
                 piece = text.push(chunk.token_ids, last=last) if text else ""
                 yield to_response(request, chunk, piece)
+
+
+def _status(error: Exception) -> grpc.StatusCode:
+    return next(code for kind, code in STATUS_CODES.items() if isinstance(error, kind))
 
 
 class GrpcServer:

@@ -7,9 +7,14 @@ import torch
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine, StepRecord
-from trimode.replicas.model.transformer import torch_dtype
+from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model.weights import Progress, load_model
 from trimode.replicas.model_runner import TorchModelRunner
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def build_engine(
@@ -31,3 +36,10 @@ def build_engine(
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
     return Engine(TorchModelRunner(model, config), config, on_step=on_step)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """'float32' -> torch.float32, for the dtypes that a model can run in."""
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name!r} is not supported; use one of {sorted(DTYPES)}")
+    return DTYPES[name]

@@ -1,7 +1,6 @@
 """Replica: the Serve deployment around one engine. Ray calls it; it decides nothing."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine_loop import EngineLoop
-from trimode.replicas.types import Chunk, EngineLoad, ModelInfo, Request
+from trimode.replicas.types import Chunk, ModelInfo, Request
 
 
 class Replica:
@@ -42,17 +41,9 @@ class Replica:
         """What this replica serves."""
         return self._engine.info
 
-    async def load(self) -> EngineLoad:
-        """How busy its engine was after the last step."""
-        return self._loop.load
-
     def record_routing_stats(self) -> dict[str, Any]:
-        """The same for Serve, which carries it to every gateway's request router."""
+        """How busy the engine is; Serve carries it to every gateway's request router."""
         return asdict(self._loop.load)
-
-    async def process_id(self) -> int:
-        """Of this replica, for operators and failure tests."""
-        return os.getpid()
 
     def check_health(self) -> None:
         """Serve's health check: raises once the engine has failed, so that Serve replaces the

@@ -29,7 +29,7 @@ from trimode.replicas.checkpoint import corpus
 from trimode.replicas.checkpoint.muon import Muon
 from trimode.replicas.checkpoint.objective import adapter_loss, ar_loss, doubled_mask, joint_loss
 from trimode.replicas.model.config import ModelConfig
-from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, count_parameters
+from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import load_model, save_adapter, save_model
 
 CHECKPOINT = Path(__file__).parent
@@ -61,8 +61,8 @@ class Stage:
 
 
 AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
-JOINT_STAGE = Stage("joint", num_steps=2000, batch_size=8, learning_rate=3e-3, decay_share=0.5)
-ADAPTER_STAGE = Stage("adapter", num_steps=500, batch_size=16, learning_rate=2e-3, decay_share=0.5)
+JOINT_STAGE = Stage("joint", num_steps=2850, batch_size=8, learning_rate=3e-3, decay_share=0.5)
+ADAPTER_STAGE = Stage("adapter", num_steps=500, batch_size=8, learning_rate=2e-3, decay_share=0.5)
 ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
 
 
@@ -83,7 +83,7 @@ def base(
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
-    typer.echo(f"{count_parameters(model):,} parameters")
+    typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     mask = doubled_mask(SEQ_LEN, model.config.block_size)
     trainer = Trainer(model, list(model.named_parameters()), work)
 

@@ -7,7 +7,6 @@ and applies the mask, and the rows that run with the draft adapter on.
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -136,19 +135,3 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> 
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of scalars in all parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """'float32' -> torch.float32, for the dtypes that weights may have."""
-    supported = {str(d).removeprefix("torch."): d for d in _DTYPES}
-    if name not in supported:
-        raise CheckpointError(f"dtype {name!r} is not supported; use one of {sorted(supported)}")
-    return supported[name]
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,6 +1,6 @@
 """Our own gRPC server in a Serve replica against Serve's gRPC ingress, with the same no-op handler.
 
-    python tests/benchmarks/ingress.py    # each in a Ray of its own -> docs/measurements/ingress.json
+    python tests/benchmarks/ingress.py    # each in its own Ray -> docs/measurements/ingress.json
 
 The figures say what the way in costs; nothing is generated behind it.
 """

@@ -30,7 +30,9 @@ def test_the_default_configuration_is_one_that_serve_accepts() -> None:
     rendered = helm("template", "release", "helm").stdout
     (config_map,) = [document for document in yaml.safe_load_all(rendered) if document]
     config = ClusterConfig.parse(yaml.safe_load(config_map["data"]["cluster.yaml"]))
-    assert [pool.name for pool in config.pools] == ["speculation", "autoregressive"]
+    # What `trimode serve` starts without a file, but reachable from outside the pod.
+    assert config.model_copy(update={"gateway": ClusterConfig().gateway}) == ClusterConfig()
+    assert config.gateway.host == "0.0.0.0"
 
 
 def test_an_unknown_value_is_refused_by_name() -> None:
