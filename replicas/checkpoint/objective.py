@@ -87,7 +87,7 @@ def joint_loss(
 
 
 def adapter_loss(
-    model: NemotronLabsDiffusionModel, tokens: Tensor, mask: Tensor
+    model: NemotronLabsDiffusionModel, tokens: Tensor, mask: Tensor, prompt_len: int
 ) -> tuple[Tensor, Tensor]:
     """(loss, mean accepted drafts per block) of one-pass drafts against the causal verifier on the
     same text.
@@ -95,7 +95,7 @@ def adapter_loss(
     Every block keeps its first token and masks the rest, as a draft pass has it. Loss = LK + CE,
     where LK = l KL(p||q) + (1 - l) TV over the teacher's and student's top tokens at temperature 3
     and l falls with the acceptance (arXiv 2602.23881), on active positions only: the accepted
-    prefix and the first rejected draft.
+    prefix and the first rejected draft. Blocks of the first prompt_len tokens are context alone.
     """
     batch, length = tokens.shape
     block_size = model.config.block_size
@@ -103,7 +103,7 @@ def adapter_loss(
     noisy = torch.where(known, tokens, model.config.mask_id)
     positions = torch.arange(length).repeat(2)
     hidden = run_dense(model, torch.cat((noisy, tokens), 1), positions, mask, draft_columns=length)
-    drafted = torch.arange(length)[~known]
+    drafted = torch.arange(length)[~known & (torch.arange(length) >= prompt_len)]
     student = model.logits(hidden[:, drafted]).float()  # [batch, num_drafted, vocab_size]
     with torch.no_grad():
         teacher = model.logits(hidden[:, length + drafted - 1]).float()

@@ -12,7 +12,8 @@ again.
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from trimode.replicas.checkpoint import corpus
 from trimode.replicas.checkpoint.muon import Muon
 from trimode.replicas.checkpoint.objective import adapter_loss, ar_loss, doubled_mask, joint_loss
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.loading import build_engine
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import load_model, save_adapter, save_model
+from trimode.replicas.types import Mode, Request
 
 CHECKPOINT = Path(__file__).parent
 SEED = 20261121
@@ -39,6 +43,8 @@ SAVE_EVERY_S = 180.0
 
 # (tokens [batch, SEQ_LEN], generator) -> (loss, figures to show)
 Objective = Callable[[Tensor, torch.Generator], tuple[Tensor, dict[str, float]]]
+# (batch, random) -> tokens [batch, length]
+Batches = Callable[[int, np.random.Generator], Tensor]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder for the text, token streams and training state.")]
@@ -62,8 +68,10 @@ class Stage:
 
 AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
 JOINT_STAGE = Stage("joint", num_steps=2850, batch_size=8, learning_rate=3e-3, decay_share=0.5)
-ADAPTER_STAGE = Stage("adapter", num_steps=500, batch_size=8, learning_rate=2e-3, decay_share=0.5)
+ADAPTER_STAGE = Stage("adapter", num_steps=600, batch_size=16, learning_rate=1e-3, decay_share=0.5)
 ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
+PROMPT_LEN, OWN_TEXTS = 64, 4096
+OWN_TEXT_TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 
 
 @app.command()
@@ -95,8 +103,9 @@ def base(
         loss, ar_part, diffusion_part = joint_loss(model, tokens, mask, generator)
         return loss, {"ar": ar_part.item(), "diffusion": diffusion_part.item()}
 
-    trainer.run(_resized(AR_STAGE, ar_steps), ar)
-    trainer.run(_resized(JOINT_STAGE, joint_steps), joint)
+    batches = partial(text_windows, _corpora(work), SEQ_LEN)
+    trainer.run(replace(AR_STAGE, num_steps=ar_steps), ar, batches)
+    trainer.run(replace(JOINT_STAGE, num_steps=joint_steps), joint, batches)
     save_model(model, CHECKPOINT, torch.bfloat16)
 
 
@@ -111,21 +120,22 @@ def adapter(work: Work = Path("build/checkpoint"), steps: int = ADAPTER_STAGE.nu
         parameter.requires_grad_(True)
         if name.endswith("lora_a"):
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
-    mask = doubled_mask(SEQ_LEN, model.config.block_size)
+    texts = own_text(_corpora(work), work, OWN_TEXTS)
+    mask = doubled_mask(2 * PROMPT_LEN, model.config.block_size)
 
     def draft(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        loss, accepted = adapter_loss(model, tokens, mask)
+        loss, accepted = adapter_loss(model, tokens, mask, PROMPT_LEN)
         return loss, {"loss": loss.item(), "accepted": accepted.item()}
 
-    Trainer(model, trained, work).run(_resized(ADAPTER_STAGE, steps), draft)
+    def batches(size: int, random: np.random.Generator) -> Tensor:
+        return texts[torch.from_numpy(random.choice(len(texts), size))]
+
+    Trainer(model, trained, work).run(replace(ADAPTER_STAGE, num_steps=steps), draft, batches)
     save_adapter(model, CHECKPOINT, ADAPTER_ALPHA)
 
 
-def _resized(stage: Stage, num_steps: int) -> Stage:
-    return Stage(
-        stage.name, num_steps, stage.batch_size, stage.learning_rate,
-        stage.warmup_steps, stage.decay_share,
-    )  # fmt: skip
+def _corpora(work: Path) -> list[corpus.Corpus]:
+    return corpus.load_corpora(work, Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
 
 
 class Trainer:
@@ -148,11 +158,8 @@ class Trainer:
         ]
         if inner:
             self.optimizers.append(Muon(inner))
-        self.corpora = corpus.load_corpora(
-            work, Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-        )
 
-    def run(self, stage: Stage, objective: Objective) -> None:
+    def run(self, stage: Stage, objective: Objective, batches: Batches) -> None:
         """Train one stage to its end, from its saved state where there is one."""
         state, log = self.work / f"{stage.name}.safetensors", self.work / f"{stage.name}.jsonl"
         start = self._restore(state)
@@ -162,7 +169,7 @@ class Trainer:
         with Progress(*columns) as progress, log.open("a") as out:
             task = progress.add_task(stage.name, total=stage.num_steps, completed=start, shown="")
             for step in range(start, stage.num_steps):
-                figures = self._step(stage, step, objective)
+                figures = self._step(stage, step, objective, batches)
                 shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
                 progress.update(task, advance=1, shown=shown)
                 if step % 10 == 0:
@@ -173,13 +180,14 @@ class Trainer:
                     saved = time.monotonic()
         self._save(state, stage.num_steps)
 
-    def _step(self, stage: Stage, step: int, objective: Objective) -> dict[str, float]:
+    def _step(
+        self, stage: Stage, step: int, objective: Objective, batches: Batches
+    ) -> dict[str, float]:
         # Seeded by stage and step, so that a resumed run sees the batches that an unbroken one
         # would.
         random = np.random.default_rng([SEED, step, *stage.name.encode()])
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        batch = _batch(self.corpora, stage.batch_size, random)
-        loss, figures = objective(batch, generator)
+        loss, figures = objective(batches(stage.batch_size, random), generator)
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
         for optimizer in self.optimizers:
@@ -220,14 +228,45 @@ class Trainer:
             return int(tensors.get_tensor("step"))
 
 
-def _batch(corpora: list[corpus.Corpus], size: int, random: np.random.Generator) -> Tensor:
-    """[size, SEQ_LEN] int64: random windows, domains drawn by their weights."""
+def text_windows(
+    corpora: list[corpus.Corpus], length: int, size: int, random: np.random.Generator
+) -> Tensor:
+    """[size, length] int64: random windows of training text, domains drawn by their weights."""
     windows = []
     for index in random.choice(len(corpora), size, p=corpus.DOMAIN_WEIGHTS):
         stream = corpora[index].train
-        start = random.integers(len(stream) - SEQ_LEN)
-        windows.append(stream[start : start + SEQ_LEN].astype(np.int64))
+        start = random.integers(len(stream) - length)
+        windows.append(stream[start : start + length].astype(np.int64))
     return torch.from_numpy(np.stack(windows))
+
+
+def own_text(corpora: list[corpus.Corpus], work: Path, size: int) -> Tensor:
+    """[size, 2 * PROMPT_LEN] int64: prompts of training text, continued by the model itself.
+
+    Drafts are verified in the model's own text, so that is what the adapter is taught on. Half of
+    it is greedy. Written once to work/own_text.npz.
+    """
+    cache = work / "own_text.npz"
+    if not cache.exists():
+        prompts = text_windows(corpora, PROMPT_LEN, size, np.random.default_rng(SEED))
+        config = EngineConfig(num_pages=1024, max_sequences=64, max_waiting=size)
+        engine = build_engine(CHECKPOINT, config, dtype="float32", adapter=False)
+        rows = [prompt.tolist() for prompt in prompts]
+        for index, row in enumerate(rows):
+            temperature = OWN_TEXT_TEMPERATURES[index % len(OWN_TEXT_TEMPERATURES)]
+            engine.add(
+                Request(str(index), tuple(row), Mode.AUTOREGRESSIVE, PROMPT_LEN, temperature, index)
+            )
+        with Progress() as progress:
+            task = progress.add_task("writing its own text", total=size)
+            while engine.has_work:
+                for name, chunk in engine.step():
+                    rows[int(name)] += chunk.token_ids
+                    progress.update(task, advance=chunk.finish is not None)
+        whole = [row for row in rows if len(row) == 2 * PROMPT_LEN]  # those that met no eos
+        np.savez(cache, tokens=np.array(whole, dtype=np.uint16))
+    with np.load(cache, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["tokens"].astype(np.int64))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     make serve, then: python tests/benchmarks/modes.py 127.0.0.1:50051
 
-Writes docs/measurements/modes_one_client.json. The clock is the client's, so the whole path is in it.
+Writes docs/measurements/modes_one_client.json. The clock is the client's: the whole path is in it.
 """
 
 import json
@@ -51,7 +51,7 @@ def one(client: Client, template: pb.GenerateRequest, prompt: str) -> dict[str, 
     begun, first = time.perf_counter(), 0.0
     for reply in client.generate(request):
         first = first or time.perf_counter() - begun
-    finish = reply.finish
+        finish = reply.finish
     return {
         "seconds": time.perf_counter() - begun,
         "first_s": first,
