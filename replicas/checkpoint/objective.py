@@ -120,7 +120,8 @@ def adapter_loss(
 
 def _acceptance_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """The LK loss of [num_rows, vocab_size] logits on the union of both top-k supports."""
-    floor = [part.topk(ADAPTER_TOP_K, -1).values[:, -1:] for part in (teacher, student)]
+    top_k = min(ADAPTER_TOP_K, teacher.shape[-1])
+    floor = [part.topk(top_k, -1).values[:, -1:] for part in (teacher, student)]
     outside = (teacher < floor[0]) & (student < floor[1])
     p = (teacher / ADAPTER_TEMPERATURE).masked_fill(outside, -1e9).softmax(-1)
     log_q = (student / ADAPTER_TEMPERATURE).masked_fill(outside, -1e9).log_softmax(-1)
