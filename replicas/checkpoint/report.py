@@ -6,10 +6,8 @@ python -m trimode.replicas.checkpoint.report plot      # -> docs/checkpoint-trai
 
 import json
 import math
-import platform
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ from trimode.replicas.checkpoint.train import CHECKPOINT, SEED, Work
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine
 from trimode.replicas.loading import build_engine
+from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import load_model
 from trimode.replicas.types import Finish, Mode, Request
 
-PROMPT_LEN, NEW_TOKENS = 64, 192
+PROMPT_LEN, NEW_TOKENS = 64, 96
 LOOP_LEN = 16  # a completion that holds some 16 tokens twice is a loop and left out
 WINDOW_LEN = 256
 DOCS = CHECKPOINT.parent.parent / "docs"
@@ -58,8 +57,7 @@ def measure(work: Work = Path("build/checkpoint"), prompts: int = 24) -> None:
     }
     document = {
         "command": f"python -m trimode.replicas.checkpoint.report measure --prompts {prompts}",
-        "machine": {"processor": platform.processor() or platform.machine(), "device": "cpu"},
-        "versions": {name: version(name) for name in ("torch", "trimode")},
+        "machine": describe_machine("torch", "trimode"),
         "prompts_per_domain": prompts,
         "prompt_tokens": PROMPT_LEN,
         "new_tokens": NEW_TOKENS,

@@ -8,13 +8,11 @@ The figures say what the way in costs; nothing is generated behind it.
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ray.serve.config import gRPCOptions
 
 from trimode.proto import inference_pb2 as pb
 from trimode.proto import inference_pb2_grpc as pb_grpc
+from trimode.replicas.machine import describe_machine
 
 PORT, NUM_MESSAGES = 50999, 64
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "ingress.json"
@@ -156,11 +155,7 @@ def main() -> None:
         subprocess.run(["ray", "stop", "--force"], capture_output=True, check=False)
     document = {
         "command": "python tests/benchmarks/ingress.py",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-        },
-        "versions": {name: version(name) for name in ("ray", "grpcio", "protobuf")},
+        "machine": describe_machine("ray", "grpcio", "protobuf"),
         "ingress": rows,
     }
     OUT.write_text(json.dumps(document, indent=2) + "\n")

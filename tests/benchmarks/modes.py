@@ -6,16 +6,14 @@ Writes docs/measurements/modes_one_client.json. The clock is the client's: the w
 """
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from trimode.cluster.client import Client
 from trimode.proto import inference_pb2 as pb
+from trimode.replicas.machine import describe_machine
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "modes_one_client.json"
 NEW_TOKENS = 128
@@ -86,11 +84,7 @@ def main() -> None:
             print(name, {key: round(value, 2) for key, value in rows[name].items()})
     document = {
         "command": "python tests/benchmarks/modes.py HOST:PORT",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-        },
-        "versions": {name: version(name) for name in ("torch", "ray", "grpcio", "trimode")},
+        "machine": describe_machine("torch", "ray", "grpcio", "trimode"),
         "model": {"name": model.name, "dtype": model.dtype},
         "prompts": len(PROMPTS),
         "repeats": REPEATS,
