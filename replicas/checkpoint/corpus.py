@@ -27,6 +27,8 @@ DOMAIN_WEIGHTS = (0.20, 0.35, 0.30, 0.15)
 # One document in so many is never trained on; tables are few and alike.
 HELD_OUT_SHARE = {"prose": 24, "code": 24, "tests": 24, "tables": 8}
 
+LOOP_LEN = 16  # a completion that holds some 16 tokens twice has run into a loop
+
 VOCAB_SIZE = 2048
 NUM_SPECIAL = 128
 # The ids of the published tokenizer, so that everything that is true of its ids is true of ours.
@@ -146,3 +148,9 @@ def _encode_all(work: Path, tokenizer: Tokenizer, cache: Path) -> None:
         arrays[f"{domain}.held"] = np.concatenate(held[domain])
         arrays[f"{domain}.ends"] = np.cumsum([len(ids) for ids in held[domain]])
     np.savez(cache, **arrays)
+
+
+def has_loop(token_ids: list[int]) -> bool:
+    """Whether some LOOP_LEN consecutive tokens occur twice."""
+    grams = [tuple(token_ids[i : i + LOOP_LEN]) for i in range(len(token_ids) - LOOP_LEN + 1)]
+    return len(set(grams)) < len(grams)

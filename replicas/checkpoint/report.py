@@ -30,8 +30,7 @@ from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import load_model
 from trimode.replicas.types import Finish, Mode, Request
 
-PROMPT_LEN, NEW_TOKENS = 64, 96
-LOOP_LEN = 16  # a completion that holds some 16 tokens twice is a loop and left out
+PROMPT_LEN, NEW_TOKENS = 64, 48
 WINDOW_LEN = 256
 DOCS = CHECKPOINT.parent.parent / "docs"
 
@@ -148,13 +147,7 @@ def _run(engine: Engine, prompts: list[list[int]], template: Request) -> Complet
 
 
 def _without_loops(done: Completions) -> list[tuple[list[int], Finish]]:
-    return [item for item in done.values() if not has_loop(item[0])]
-
-
-def has_loop(token_ids: list[int]) -> bool:
-    """Whether some LOOP_LEN consecutive tokens occur twice."""
-    grams = [tuple(token_ids[i : i + LOOP_LEN]) for i in range(len(token_ids) - LOOP_LEN + 1)]
-    return len(set(grams)) < len(grams)
+    return [item for item in done.values() if not corpus.has_loop(item[0])]
 
 
 def _mean_accepted(kept: Iterable[tuple[list[int], Finish]]) -> float:

@@ -68,7 +68,7 @@ class Stage:
 
 AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
 JOINT_STAGE = Stage("joint", num_steps=2850, batch_size=8, learning_rate=3e-3, decay_share=0.5)
-ADAPTER_STAGE = Stage("adapter", num_steps=600, batch_size=16, learning_rate=1e-3, decay_share=0.5)
+ADAPTER_STAGE = Stage("adapter", num_steps=600, batch_size=16, learning_rate=2e-3, decay_share=0.5)
 ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
 PROMPT_LEN, OWN_TEXTS = 64, 4096
 OWN_TEXT_TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
@@ -263,7 +263,11 @@ def own_text(corpora: list[corpus.Corpus], work: Path, size: int) -> Tensor:
                 for name, chunk in engine.step():
                     rows[int(name)] += chunk.token_ids
                     progress.update(task, advance=chunk.finish is not None)
-        whole = [row for row in rows if len(row) == 2 * PROMPT_LEN]  # those that met no eos
+        whole = [
+            row
+            for row in rows
+            if len(row) == 2 * PROMPT_LEN and not corpus.has_loop(row[PROMPT_LEN:])
+        ]
         np.savez(cache, tokens=np.array(whole, dtype=np.uint16))
     with np.load(cache, allow_pickle=False) as arrays:
         return torch.from_numpy(arrays["tokens"].astype(np.int64))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from trimode.replicas.checkpoint import train
-from trimode.replicas.checkpoint.corpus import DOMAINS, HELD_OUT_SHARE, is_held_out
+from trimode.replicas.checkpoint.corpus import DOMAINS, HELD_OUT_SHARE, has_loop, is_held_out
 from trimode.replicas.checkpoint.objective import ar_loss
-from trimode.replicas.checkpoint.report import has_loop
 from trimode.replicas.checkpoint.train import Stage, Trainer
 
 
