@@ -1,5 +1,6 @@
 """A training pass over a doubled sequence is what serving does, for all blocks at once."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_joint_loss_is_the_same_for_the_same_generator(
 def test_the_adapter_loss_moves_nothing_but_the_adapter(
     tiny_model: Any, tokens: torch.Tensor
 ) -> None:
-    model = tiny_model(torch.float32)
+    model = deepcopy(tiny_model(torch.float32))  # the fixture is everybody's
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("draft_adapter" in name)
     loss, accepted = adapter_loss(model, tokens, doubled_mask(LENGTH, BLOCK), prompt_len=BLOCK)

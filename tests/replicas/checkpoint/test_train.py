@@ -1,5 +1,6 @@
 """Training can be stopped anywhere, and the report leaves loops out."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def run(model: Any, work: Path, num_steps: int) -> None:
 
 
 def fresh(tiny_model: Any) -> Any:
-    model = tiny_model(torch.float32)
+    model = deepcopy(tiny_model(torch.float32))  # the fixture is everybody's
     for layer in model.encoder.layers:
         layer.self_attn.draft_adapter = None
     return model.requires_grad_(True)
