@@ -17,7 +17,7 @@ from trimode.replicas.machine import describe_machine
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "modes_one_client.json"
 NEW_TOKENS = 128
-REPEATS = 3
+REPEATS = 1
 PROMPTS = (
     "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n",
     "import os\nimport sys\n\ndef main():\n    if len(sys.argv) != 2:\n",
