@@ -136,23 +136,28 @@ async def measure() -> dict[str, float]:
         }
 
 
+def child(kind: str) -> None:
+    """Measure one ingress in this process; prints its row."""
+    start(kind)
+    print("RESULT " + json.dumps(asyncio.run(measure())), flush=True)
+    ray.shutdown()
+    os._exit(0)  # without Serve's own shut-down, which waits half a minute for HAProxy
+
+
 def main() -> None:
-    if len(sys.argv) == 2:
-        start(sys.argv[1])
-        print("RESULT " + json.dumps(asyncio.run(measure())))
-        os._exit(0)  # HAProxy's shut-down takes half a minute; the parent's session ends with us
     rows = {}
     for kind, environment in KINDS.items():
         done = subprocess.run(
-            [sys.executable, __file__, kind],
-            env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
+            # By name, so that Ray's workers import the handlers instead of unpickling them.
+            [sys.executable, "-c", f"import ingress; ingress.child({kind!r})"],
+            env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             sys.exit(f"{kind}: no result\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         rows[kind] = json.loads(lines[0].removeprefix("RESULT "))
         print(kind, json.dumps({name: round(value, 2) for name, value in rows[kind].items()}))
-        subprocess.run(["ray", "stop", "--force"], capture_output=True, check=False)
     document = {
         "command": "python tests/benchmarks/ingress.py",
         "machine": describe_machine("ray", "grpcio", "protobuf"),
