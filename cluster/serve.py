@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -81,7 +82,7 @@ def _start(
         if ray_address is None:
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, -(-int(cpus_needed) // 1)),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",

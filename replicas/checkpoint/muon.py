@@ -1,7 +1,7 @@
 """Muon in float32: momentum whose update is orthogonalised (K. Jordan et al., "Muon", 2024).
 
-torch.optim.Muon iterates in bfloat16, which a CPU without bfloat16 matrix units runs ten times
-slower than float32; the checkpoint is trained on such machines.
+torch.optim.Muon iterates in bfloat16, which the CPU that trained the checkpoint runs at about a
+fifth of its float32 rate (53 against 245 GFLOP/s in a [2048, 256] x [256, 1408] product).
 """
 
 from collections.abc import Iterable

@@ -244,7 +244,8 @@ def own_text(corpora: list[corpus.Corpus], work: Path, size: int) -> Tensor:
     """[size, 2 * PROMPT_LEN] int64: prompts of training text, continued by the model itself.
 
     Drafts are verified in the model's own text, so that is what the adapter is taught on. Half of
-    it is greedy. Written once to work/own_text.npz.
+    it is greedy; texts that met an end of sequence or ran into a loop are left out. Written once to
+    work/own_text.npz.
     """
     cache = work / "own_text.npz"
     if not cache.exists():
