@@ -14,6 +14,11 @@ from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, dense
 
 DIFFUSION_WEIGHT = 0.3  # alpha of equation 3; the AR loss has weight 1
 MASK_EPSILON = 1e-3
+# Our addition to the paper's random masks: this share of the sequences is masked as a draft pass has
+# it, one known token a block and nothing but masks behind it. An accepted draft needs all drafts
+# before it to be right, so there a token's weight falls with its distance from the known one.
+DRAFT_SHARE = 0.5
+DRAFT_DECAY = 0.9
 ADAPTER_TEMPERATURE = 3.0
 ADAPTER_TOP_K = 200
 
@@ -69,11 +74,16 @@ def joint_loss(
 
     t ~ U(0, 1) per sequence, p = (1 - eps) t + eps, every token masked with p, cross-entropy on the
     masked tokens unshifted and weighted 1/p. Both sums share the divisor num_masked +
-    num_ar_tokens.
+    num_ar_tokens. A DRAFT_SHARE of the sequences is masked and weighted for drafting instead.
     """
     batch, length = tokens.shape
     ratio = torch.rand(batch, 1, generator=generator) * (1 - MASK_EPSILON) + MASK_EPSILON
     masked = torch.rand(batch, length, generator=generator) < ratio
+    drafting = torch.rand(batch, 1, generator=generator) < DRAFT_SHARE
+    offset = torch.arange(length) % model.config.block_size
+    decay = DRAFT_DECAY ** (offset - 1.0)
+    masked = torch.where(drafting, offset > 0, masked)
+    weight = torch.where(drafting, decay / decay[offset > 0].mean(), 1 / ratio)
     noisy = tokens.masked_fill(masked, model.config.mask_id)
     positions = torch.arange(length).repeat(2)
     hidden = run_dense(model, torch.cat((noisy, tokens), 1), positions, mask)
@@ -81,7 +91,7 @@ def joint_loss(
     picked = torch.cat((hidden[rows, columns], hidden[:, length:-1].flatten(0, 1)))
     targets = torch.cat((tokens[rows, columns], tokens[:, 1:].flatten()))
     losses = functional.cross_entropy(model.logits(picked).float(), targets, reduction="none")
-    diffusion, ar = losses[: len(rows)] / ratio[rows, 0], losses[len(rows) :]
+    diffusion, ar = losses[: len(rows)] * weight[rows, columns], losses[len(rows) :]
     loss = (ar.sum() + DIFFUSION_WEIGHT * diffusion.sum()) / len(losses)
     return loss, ar.mean().detach(), diffusion.sum().detach() / (batch * length)
 

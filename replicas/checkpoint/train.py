@@ -3,6 +3,7 @@ stage:
 
     python -m trimode.replicas.checkpoint.train tokenizer
     python -m trimode.replicas.checkpoint.train base       # AR first, then AR + 0.3 x diffusion
+    python -m trimode.replicas.checkpoint.train more       # goes on from the bundled weights
     python -m trimode.replicas.checkpoint.train adapter    # draft LoRA, base frozen
 
 Every stage is seeded, saves its state each few minutes and goes on from there when it is started
@@ -68,6 +69,7 @@ class Stage:
 
 AR_STAGE = Stage("ar", num_steps=900, batch_size=16, learning_rate=3e-3)
 JOINT_STAGE = Stage("joint", num_steps=2850, batch_size=8, learning_rate=3e-3, decay_share=0.5)
+MORE_STAGE = Stage("more", num_steps=4000, batch_size=8, learning_rate=2e-3, decay_share=0.6)
 ADAPTER_STAGE = Stage("adapter", num_steps=600, batch_size=16, learning_rate=2e-3, decay_share=0.5)
 ADAPTER_RANK, ADAPTER_ALPHA = 64, 256.0
 PROMPT_LEN, OWN_TEXTS = 64, 4096
@@ -92,21 +94,43 @@ def base(
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
     typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    mask = doubled_mask(SEQ_LEN, model.config.block_size)
     trainer = Trainer(model, list(model.named_parameters()), work)
+    batches = partial(text_windows, _corpora(work), SEQ_LEN)
 
     def ar(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         loss = ar_loss(model, tokens)
         return loss, {"ar": loss.item()}
 
+    trainer.run(replace(AR_STAGE, num_steps=ar_steps), ar, batches)
+    trainer.run(replace(JOINT_STAGE, num_steps=joint_steps), _joint_objective(model), batches)
+    save_model(model, CHECKPOINT, torch.bfloat16)
+
+
+@app.command()
+def more(
+    work: Work = Path("build/checkpoint"), steps: int = MORE_STAGE.num_steps,
+    bfloat16: Annotated[
+        bool, typer.Option(help="Products in bfloat16: faster where the CPU has AVX512-BF16.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Train the bundled base weights further; then train the adapter anew."""
+    model = load_model(CHECKPOINT, torch.float32, adapter=False).requires_grad_(True)
+    trainer = Trainer(model, list(model.named_parameters()), work)
+    batches = partial(text_windows, _corpora(work), SEQ_LEN)
+    objective = _joint_objective(model, bfloat16)
+    trainer.run(replace(MORE_STAGE, num_steps=steps), objective, batches)
+    save_model(model, CHECKPOINT, torch.bfloat16)
+
+
+def _joint_objective(model: NemotronLabsDiffusionModel, bfloat16: bool = False) -> Objective:
+    mask = doubled_mask(SEQ_LEN, model.config.block_size)
+
     def joint(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        loss, ar_part, diffusion_part = joint_loss(model, tokens, mask, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, ar_part, diffusion_part = joint_loss(model, tokens, mask, generator)
         return loss, {"ar": ar_part.item(), "diffusion": diffusion_part.item()}
 
-    batches = partial(text_windows, _corpora(work), SEQ_LEN)
-    trainer.run(replace(AR_STAGE, num_steps=ar_steps), ar, batches)
-    trainer.run(replace(JOINT_STAGE, num_steps=joint_steps), joint, batches)
-    save_model(model, CHECKPOINT, torch.bfloat16)
+    return joint
 
 
 @app.command()
