@@ -6,11 +6,18 @@ place each: shapes of values in `Request.__post_init__`, what a given model and 
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 from trimode.replicas.errors import InvalidRequest
 
+# Limits on what one request may carry; each is named in the error that enforces it.
 MAX_STOP_IDS = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 64
+MAX_GRAMMAR_CHARS = 64 * 1024
 MAX_SEED = 2**63 - 1
 
 
@@ -26,9 +33,42 @@ class Mode(StrEnum):
 class FinishReason(StrEnum):
     """Why a sequence ended."""
 
-    STOP = "stop"  # eos or a stop token id, which is the last id of the output
+    STOP = "stop"  # eos or a stop token id, the last id of the output; or a stop string ends in it
     LENGTH = "length"  # max_tokens reached
-    ABORTED = "aborted"  # cancelled, or past its deadline
+    DEADLINE = "deadline"  # timeout_s passed; what was generated until then was sent
+    ABORTED = "aborted"  # cancelled
+
+
+class Priority(IntEnum):
+    """Service class; the lower number is served first."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
+class GrammarKind(StrEnum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"  # llguidance's dialect of Lark
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A language that the whole output must belong to."""
+
+    kind: GrammarKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """At most max_tokens tokens after start_id; then end_id is forced once and the text goes on."""
+
+    max_tokens: int
+    start_id: int
+    end_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +91,97 @@ class Request:
     prompt_ids: tuple[int, ...]
     mode: Mode
     max_tokens: int
+    # How tokens are chosen, in the order in which it is applied (docs/sampling.md).
+    repetition_penalty: float = 1.0  # over prompt and output; 1 is none
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output, times the count
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0  # of the position-keyed noise
+    n: int = 1  # samples that share the prompt; each has noise of its own
+    num_logprobs: int | None = None  # alternatives beside the chosen token; None: no logprobs
+    grammar: Grammar | None = None
+    thinking: ThinkingBudget | None = None
+    # When it ends, besides max_tokens.
     stop_ids: tuple[int, ...] = ()  # besides the checkpoint's eos
+    stop_strings: tuple[str, ...] = ()
+    min_tokens: int = 0  # eos and stop ids are banned before
+    ignore_eos: bool = False
+    # How it is decoded.
     block_size: int | None = None  # pinned by the client and then never changed; None: the engine's
-    threshold: float | None = (
-        None  # of denoise passes and iterative drafts; None: the mode's default
-    )
+    governed: bool = True  # False: the engine's largest block, always
+    threshold: float | None = None  # of denoise passes and iterative drafts; None: the mode's
     use_adapter: bool = True  # False: drafts run without the draft adapter
+    # How it is served.
+    priority: Priority = Priority.INTERACTIVE
+    cache_salt: str = ""  # requests share cached pages only under the same salt
     timeout_s: float | None = None  # what was left of the client's deadline when this was built
     ranking: Ranking | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise InvalidRequest("prompt", "must hold at least one token")
-        if self.max_tokens < 1:
-            raise InvalidRequest("max_tokens", f"must be at least 1, is {self.max_tokens}")
-        if not 0 <= self.temperature <= 10:  # also refuses NaN
-            raise InvalidRequest("temperature", f"must be in [0, 10], is {self.temperature}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidRequest("seed", f"must be in [0, 2^63), is {self.seed}")
-        if len(self.stop_ids) > MAX_STOP_IDS:
-            raise InvalidRequest(
-                "stop_token_ids", f"at most {MAX_STOP_IDS} are allowed, got {len(self.stop_ids)}"
-            )
-        if self.block_size is not None and self.block_size < 1:
-            raise InvalidRequest("block_size", f"must be at least 1, is {self.block_size}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise InvalidRequest("threshold", f"must be in [0, 1], is {self.threshold}")
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_range("presence_penalty", self.presence_penalty, -10, 10)
+        _check_range("frequency_penalty", self.frequency_penalty, -10, 10)
+        _check_range("temperature", self.temperature, 0, 10)
+        _check_range("top_k", self.top_k, 0, None)
+        _check_range("top_p", self.top_p, 1e-6, 1)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("seed", self.seed, 0, MAX_SEED)
+        _check_range("n", self.n, 1, MAX_SAMPLES)
+        _check_range("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_range("block_size", self.block_size, 1, None)
+        _check_range("threshold", self.threshold, 0, 1)
+        _check_count("stop_token_ids", self.stop_ids, MAX_STOP_IDS)
+        _check_count("stop_strings", self.stop_strings, MAX_STOP_STRINGS)
+        _check_count("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        for text in self.stop_strings:
+            if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+                raise InvalidRequest(
+                    "stop_strings", f"each must have 1 to {MAX_STOP_STRING_CHARS} characters"
+                )
+        for _, bias in self.logit_bias:
+            _check_range("logit_bias", bias, -100, 100)
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidRequest("logit_bias", "each token id may occur once")
+        if self.grammar is not None and len(self.grammar.text) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequest("grammar", f"at most {MAX_GRAMMAR_CHARS} characters are allowed")
+        if self.thinking is not None:
+            _check_range("thinking_budget", self.thinking.max_tokens, 0, None)
+        if self.mode is Mode.BLOCK_DIFFUSION:
+            self._check_diffusion()
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def _check_diffusion(self) -> None:
+        # Both need the tokens before a position when it is chosen; a denoise pass has only masks.
+        if self.grammar is not None:
+            raise InvalidRequest("grammar", "block diffusion cannot follow one; use another mode")
+        if self.min_tokens:
+            raise InvalidRequest("min_tokens", "block diffusion cannot keep it; use another mode")
+
+
+def _check_range(field: str, value: float | None, lowest: float, highest: float | None) -> None:
+    if value is None:
+        return
+    # Written so that NaN is refused, too.
+    if highest is None and not value >= lowest:
+        raise InvalidRequest(field, f"must be at least {lowest}, is {value}")
+    if highest is not None and not lowest <= value <= highest:
+        raise InvalidRequest(field, f"must be in [{lowest}, {highest}], is {value}")
+
+
+def _check_count(field: str, values: tuple[object, ...], limit: int) -> None:
+    if len(values) > limit:
+        raise InvalidRequest(field, f"at most {limit} are allowed, got {len(values)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +203,25 @@ class Finish:
     forwards: int  # one for the prefill, whatever its chunks, then each pass of this sequence
     accepted: tuple[int, ...]  # tokens of each verify round before any cut; empty in other modes
     timings: Timings
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities under the model's own softmax, before anything the request asks for."""
+
+    logprob: float  # of the chosen token
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """All tokens that one engine step committed for one request."""
+    """All tokens that one engine step committed for one sample of a request."""
 
     token_ids: tuple[int, ...]
-    finish: Finish | None = None  # on the last chunk
+    finish: Finish | None = None  # on the sample's last chunk
+    index: int = 0  # of the sample, below the request's n
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token where they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +243,7 @@ class EngineLoad:
 
     waiting: int
     running: int
-    free_pages: int
+    free_pages: int  # cached pages that nobody uses are free, too
     total_pages: int
+    cached_pages: int = 0  # in the prefix cache, in use or not
     running_by_mode: dict[str, int] = field(default_factory=dict)

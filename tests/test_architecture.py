@@ -53,7 +53,7 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
-    # Comes with the extra `train`, and only `plot` needs it.
+    # Only `plot` needs it.
     ("replicas/checkpoint/report.py", "matplotlib"),
     # Processes that only name the deployment do not pay for torch.
     ("replicas/replica.py", "torch"),
