@@ -8,10 +8,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of all layers, by slot. Slot = page * page_size + offset in the page."""
+    """Keys and values of all layers, by slot. Slot = page * page_size + offset in the page.
 
-    keys: Tensor  # [num_layers, num_slots, num_kv_heads, head_dim]
-    values: Tensor  # likewise
+    A slot's key and value lie side by side, so that one gather reads both.
+    """
+
+    entries: Tensor  # [num_layers, num_slots, 2, num_kv_heads, head_dim]
+
+    @property
+    def keys(self) -> Tensor:  # [num_layers, num_slots, num_kv_heads, head_dim], a view
+        return self.entries[:, :, 0]
+
+    @property
+    def values(self) -> Tensor:  # likewise
+        return self.entries[:, :, 1]
 
     @classmethod
     def allocate(
@@ -23,13 +33,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> "KVCache":
-        shape = (num_layers, num_slots, num_kv_heads, head_dim)
+        shape = (num_layers, num_slots, 2, num_kv_heads, head_dim)
         # Not initialised: nobody reads a slot before it was written, and NaN-poisoned tests prove
         # it.
-        return cls(
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
-        )
+        return cls(torch.empty(shape, dtype=dtype, device=device))
 
 
 def write_kv_reference(
@@ -39,8 +46,7 @@ def write_kv_reference(
 
     A block pass writes here, too; the causal pass over the same positions overwrites it.
     """
-    cache.keys[layer].index_copy_(0, slots, key)
-    cache.values[layer].index_copy_(0, slots, value)
+    cache.entries[layer].index_copy_(0, slots, torch.stack((key, value), dim=1))
 
 
 write_kv = write_kv_reference

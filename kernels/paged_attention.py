@@ -5,7 +5,7 @@ The mask is one integer a row: how many KV entries, from position 0 on, it sees.
 themselves and what is before them; rows of a block pass see to the end of their block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,7 +25,22 @@ class Tiles:
 
     rows: Tensor  # [num_tiles, tile_len] int64, num_tokens where a lane is empty
     slots: Tensor  # [num_tiles, context_len] int64: where the tile's sequence keeps each position
-    mask: Tensor  # [num_tiles, 1, tile_len, context_len] bool
+    mask: Tensor | None  # [num_tiles, 1, tile_len, context_len] bool, None where all see all
+    are_all_rows: bool  # the tiles are all rows of the pass, in order and without an empty lane
+    _biases: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict)
+
+    def bias(self, dtype: torch.dtype, group: int) -> Tensor | None:
+        """The mask as what is added to the scores of `group` heads packed into one product:
+        [num_tiles, 1, group * tile_len, context_len]. The first layer of a pass makes it.
+        """
+        if self.mask is None:
+            return None
+        bias = self._biases.get((dtype, group))
+        if bias is None:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            bias = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, 1, group, 1)
+            self._biases[dtype, group] = bias
+        return bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +89,22 @@ def _tiles(
     index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
     rows = (query_start[owner] + index * tile_len)[:, None] + np.arange(tile_len)
     rows[rows >= query_start[owner + 1][:, None]] = num_tokens
+    are_all_rows = rows.size == num_tokens and bool((rows.ravel() == np.arange(num_tokens)).all())
     tile_rows = torch.from_numpy(rows).to(device)
 
-    position = torch.arange(int(context_lens[members].max()), device=device)  # [context_len]
+    context_len = int(context_lens[members].max())
+    position = torch.arange(context_len, device=device)
     tables = page_table[torch.from_numpy(owner).to(device)]
     slots = tables[:, position // page_size] * page_size + position % page_size
     # Lanes past a sequence's end read its first slot: masked, but finite, for 0 × NaN would be NaN.
     ends = torch.from_numpy(context_lens[owner]).to(device)[:, None]
     slots = torch.where(position < ends, slots, slots[:, :1])
-    seen = functional.pad(visible, (0, 1), value=1)[tile_rows]  # empty lanes see one entry: no NaN
-    return Tiles(tile_rows, slots, (position < seen[..., None])[:, None])
+    # Empty lanes see everything: no NaN.
+    seen = functional.pad(visible, (0, 1), value=context_len)[tile_rows]
+    mask = (position < seen[..., None])[:, None]
+    # Elsewhere to ask would be to wait for the device.
+    sees_all = device.type == "cpu" and bool(mask.all())
+    return Tiles(tile_rows, slots, None if sees_all else mask, are_all_rows)
 
 
 def paged_attention_reference(
@@ -94,30 +115,43 @@ def paged_attention_reference(
 ) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v over the entries each row sees; like query. Padding rows
     give exactly 0.
+    """
+    num_tokens = len(query)
+    entries = cache.entries[layer]  # [num_slots, 2, num_kv_heads, head_dim]
+    if len(inputs.tiles) == 1 and inputs.tiles[0].are_all_rows:
+        return _attend(query, entries, inputs.tiles[0]).view_as(query)
+    out = query.new_zeros(num_tokens + 1, *query.shape[1:])  # the last row takes the empty lanes
+    for tiles in inputs.tiles:
+        rows = tiles.rows.flatten()
+        # What an empty lane asks does not matter, as nobody reads its answer.
+        packed = query.index_select(0, rows.clamp(max=num_tokens - 1))
+        out.index_copy_(0, rows, _attend(packed, entries, tiles))
+    return out[:num_tokens]
+
+
+def _attend(query: Tensor, entries: Tensor, tiles: Tiles) -> Tensor:
+    """query [num_tiles * tile_len, num_heads, head_dim], result likewise.
 
     The heads that share a KV head are packed into the query dimension of one product.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads = cache.keys.shape[2]
-    group = num_heads // num_kv_heads
-    out = query.new_zeros(num_tokens + 1, num_heads, head_dim)
-    padded = functional.pad(query, (0, 0, 0, 0, 0, 1))  # the row that empty lanes read
-    for tiles in inputs.tiles:
-        num_tiles, tile_len = tiles.rows.shape
-        q = padded[tiles.rows].view(num_tiles, tile_len, num_kv_heads, group, head_dim)
-        q = q.permute(0, 2, 3, 1, 4).flatten(
-            2, 3
-        )  # [num_tiles, num_kv_heads, group * tile_len, head_dim]
-        k = cache.keys[layer][tiles.slots].transpose(
-            1, 2
-        )  # [num_tiles, num_kv_heads, context_len, ..]
-        v = cache.values[layer][tiles.slots].transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=tiles.mask.repeat(1, 1, group, 1)
-        )
+    num_tiles, tile_len = tiles.rows.shape
+    num_kv_heads, head_dim = entries.shape[2:]
+    group = query.shape[1] // num_kv_heads
+    # index_select copies whole slots, many times faster than indexing does.
+    gathered = entries.flatten(1).index_select(0, tiles.slots.view(-1))
+    gathered = gathered.view(num_tiles, -1, 2, num_kv_heads, head_dim)
+    key, value = gathered.transpose(1, 3).unbind(2)  # [num_tiles, num_kv_heads, context_len, ..]
+    if tile_len == 1:
+        packed = query.reshape(num_tiles, num_kv_heads, group, head_dim)
+    else:
+        packed = query.view(num_tiles, tile_len, num_kv_heads, group, head_dim)
+        packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mixed = functional.scaled_dot_product_attention(
+        packed, key, value, attn_mask=tiles.bias(query.dtype, group)
+    )  # [num_tiles, num_kv_heads, group * tile_len, head_dim]
+    if tile_len > 1:
         mixed = mixed.unflatten(2, (group, tile_len)).permute(0, 3, 1, 2, 4)
-        out[tiles.rows] = mixed.reshape(num_tiles, tile_len, num_heads, head_dim)
-    return out[:num_tokens]
+    return mixed.reshape(query.shape)
 
 
 paged_attention = paged_attention_reference
