@@ -45,6 +45,9 @@ TORCH_FREE = (
     "replicas/page_pool.py",
     "replicas/sequence.py",
     "replicas/scheduler.py",
+    "replicas/acceptance.py",
+    "replicas/governor.py",
+    "replicas/step_profile.py",
     "replicas/decoding/",
 )
 
