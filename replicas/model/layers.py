@@ -27,9 +27,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, size]
+        weight = self.weight
+        if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        # Narrow x is rounded before the weight is applied, as the published code has it.
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return weight * (wide * scale).to(x.dtype)
 
 
 def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -59,8 +63,8 @@ def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 
 
 class RotaryEmbedding(nn.Module):
-    """cos, sin and the query scale of absolute positions; computed once a pass, used by every
-    layer.
+    """cos and sin of absolute positions, the scale of the queries in them; computed once a pass,
+    used by every layer.
     """
 
     frequencies: Tensor
@@ -70,27 +74,39 @@ class RotaryEmbedding(nn.Module):
         frequencies, self.magnitude = yarn_frequencies(config.rope, config.head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.rope = config.rope
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """positions [num_tokens] -> cos, sin [num_tokens, 1, head_dim], query scale [num_tokens, 1,
-        1].
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [num_tokens] -> cos, sin [num_tokens, num_heads + num_kv_heads, 2, head_dim /
+        2]: of the query heads first, then of the key heads.
         """
         # Angles in float32 as the published code has them; only float64 runs keep float64.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        angles = positions.to(wide)[:, None] * self.frequencies.to(
-            wide
-        )  # [num_tokens, head_dim / 2]
-        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-        turns = torch.floor(positions.to(wide) / self.rope.original_max_positions)
-        scale = 1 + self.rope.query_scaling_beta * torch.log1p(turns)
-        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
-        return cos.to(dtype), sin.to(dtype), scale.to(dtype)[:, None, None]
+        at = positions.to(wide)[:, None]
+        angles = at * self.frequencies.to(wide)  # [num_tokens, head_dim / 2]
+        turns = torch.floor(at / self.rope.original_max_positions)
+        scale = 1 + self.rope.query_scaling_beta * torch.log1p(turns)  # [num_tokens, 1]
+        factors = (
+            torch.cat(
+                (
+                    scale.expand(-1, self.num_heads),
+                    torch.ones_like(scale).expand(-1, self.num_kv_heads),
+                ),
+                dim=-1,
+            )[..., None, None]
+            * self.magnitude
+        )  # [num_tokens, num_heads + num_kv_heads, 1, 1]
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.stack((cos, cos), dim=1), torch.stack((-sin, sin), dim=1)
+        return (factors * cos[:, None]).to(dtype), (factors * sin[:, None]).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head: x, result [num_tokens, num_heads, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotate the two halves of each head: x, cos, sin, result [num_tokens, any, 2, head_dim / 2].
+
+    sin is negative for the first half.
+    """
+    return x * cos + x.flip(2) * sin
 
 
 class DraftAdapter(nn.Module):
@@ -114,6 +130,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_heads = config.num_heads
         self.widths = [config.query_width, config.kv_width, config.kv_width]
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(config.query_width, config.hidden_size, bias=False)
@@ -122,19 +139,19 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [num_tokens, hidden_size]
-        rotary: tuple[Tensor, Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
         attend: AttendLayer,
         draft_rows: Tensor | None,  # [num_draft_rows] int64, None where no row drafts
     ) -> Tensor:
-        cos, sin, query_scale = rotary
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in self.qkv_proj(x).split(self.widths, dim=-1)
-        )
-        query = rotate(query, cos, sin) * query_scale  # [num_tokens, num_heads, head_dim]
-        key = rotate(key, cos, sin)  # [num_tokens, num_kv_heads, head_dim]
+        fused = functional.linear(x, self.qkv_proj.weight)
+        *rotated_widths, value_width = self.widths
+        rotated, value = fused.split((sum(rotated_widths), value_width), dim=-1)
+        # Queries and keys turn together: [num_tokens, num_heads + num_kv_heads, head_dim].
+        rotated = rotate(rotated.unflatten(-1, (-1, 2, self.head_dim // 2)), *rotary).flatten(-2)
+        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        value = value.unflatten(-1, (-1, self.head_dim))
         mixed = attend(query, key, value).flatten(-2)  # [num_tokens, query_width]
-        out: Tensor = self.o_proj(mixed)
+        out = functional.linear(mixed, self.o_proj.weight)
         if draft_rows is not None and self.draft_adapter is not None:
             out = out.index_add(0, draft_rows, self.draft_adapter(mixed[draft_rows]).to(out.dtype))
         return out
@@ -149,9 +166,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size]
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(functional.silu(gate) * up)
-        return out
+        gate, up = functional.linear(x, self.gate_up_proj.weight).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, self.down_proj.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -167,7 +183,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,  # [num_tokens, hidden_size]
-        rotary: tuple[Tensor, Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
         attend: AttendLayer,
         draft_rows: Tensor | None,
     ) -> Tensor:
