@@ -35,17 +35,20 @@ def philox_reference(
     return [c0, c1, c2, c3]
 
 
-def gumbel_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise [num_rows, vocab_size] float32 for seeds and positions [num_rows] int64.
+def gumbel_reference(
+    seeds: Tensor, positions: Tensor, vocab_size: int, samples: Tensor | None = None
+) -> Tensor:
+    """Gumbel noise [num_rows, vocab_size] float32 for seeds, positions and samples (indices among a
+    request's parallel samples; None: all 0), each [num_rows] int64.
 
     Four neighbouring token ids share a counter and take one word each. 23 bits a draw: the largest
     that float32 holds without rounding to 1.
     """
     quads = torch.arange(-(-vocab_size // 4), device=seeds.device)[None, :]
-    zero = torch.zeros_like(quads)
+    sample = torch.zeros_like(quads) if samples is None else samples[:, None]
     position = positions[:, None]
     words = philox_reference(
-        (quads, position & _LOW, position >> 32, zero),
+        (quads, position & _LOW, position >> 32, sample),
         (seeds[:, None] & _LOW, (seeds[:, None] >> 32) & _LOW),
     )
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]

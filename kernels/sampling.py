@@ -1,4 +1,10 @@
-"""From logits to token ids and confidences, one row an answer, whatever pass the row comes from."""
+"""From logits to token ids, confidences and log-probabilities, one row an answer, whatever pass the
+row comes from.
+
+The order is fixed: the mask id is banned, log-probabilities are read, then repetition penalty,
+additions (the other penalties, logit bias, bans), forced ids, allowed ids, temperature, top-k,
+top-p, min-p, noise, arg max.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +12,31 @@ import torch
 from torch import Tensor
 
 from trimode.kernels.noise import gumbel
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """Changes of single logits, as coordinate lists; a (row, id) pair occurs once a list."""
+
+    penalised_rows: Tensor  # [num_penalised] int64
+    penalised_ids: Tensor  # [num_penalised] int64
+    penalties: Tensor  # [num_penalised] float64: divides a positive logit, multiplies others
+    added_rows: Tensor  # [num_added] int64
+    added_ids: Tensor  # [num_added] int64
+    additions: Tensor  # [num_added] float64; -inf is a ban
+    forced_rows: Tensor  # [num_forced] int64: rows with one possible answer
+    forced_ids: Tensor  # [num_forced] int64
+    masked_rows: Tensor  # [num_masked] int64: rows that follow a grammar
+    allowed: Tensor | None  # [num_masked, vocab_size] bool
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """What of the distribution is left to the draw, for each sampled row."""
+
+    top_k: Tensor  # [num_sampled] int64, vocab_size for all
+    top_p: Tensor  # [num_sampled] float32
+    min_p: Tensor  # [num_sampled] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +52,87 @@ class SamplingInputs:
     positions: Tensor  # [num_sampled] int64: of the token that the row produces
     confident_rows: Tensor | None  # [num_confident] int64: rows whose confidence is wanted
     confidence_temperatures: Tensor  # [num_confident] float32
+    samples: Tensor | None = None  # [num_sampled] int64: index among a request's samples
+    truncation: Truncation | None = None
+    edits: LogitEdits | None = None
+    logprob_rows: Tensor | None = None  # [num_logprobs] int64
+    num_top: int = 0  # alternatives beside the chosen id
 
 
-def sample_reference(logits: Tensor, inputs: SamplingInputs) -> tuple[Tensor, Tensor]:
-    """logits [num_answers, vocab_size], changed in place -> ids [num_answers], confidences
-    [num_confident].
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the rows of one pass answered."""
 
-    id = argmax(logits + T * gumbel(seed, position, id)), which is a draw from softmax(logits / T),
-    and plain argmax at T = 0. Confidence is softmax(logits / confidence temperature) at the id. The
-    mask id is never an answer.
+    token_ids: Tensor  # [num_answers] int64
+    confidences: Tensor  # [num_confident]
+    logprobs: Tensor | None = None  # [num_logprobs]: of the chosen ids
+    top_ids: Tensor | None = None  # [num_logprobs, num_top] int64, best first
+    top_logprobs: Tensor | None = None  # [num_logprobs, num_top]
+
+
+def sample_reference(logits: Tensor, inputs: SamplingInputs) -> Sampled:
+    """logits [num_answers, vocab_size], changed in place -> Sampled.
+
+    id = argmax(logits + T * gumbel(seed, position, sample, id)), a draw from softmax(logits / T), and
+    plain argmax at T = 0. Confidence is softmax(edited logits / confidence temperature) at the id.
+    Log-probabilities are the model's own. The mask id is never an answer.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide[:, inputs.mask_id] = -torch.inf
+    own = None if inputs.logprob_rows is None else wide[inputs.logprob_rows].log_softmax(-1)
+    if inputs.edits is not None:
+        apply_edits(wide, inputs.edits)
     token_ids = wide.argmax(-1)
     if inputs.sampled_rows is not None:
-        noise = gumbel(inputs.seeds, inputs.positions, logits.shape[1])
-        noisy = wide[inputs.sampled_rows] + inputs.temperatures[:, None] * noise
-        token_ids[inputs.sampled_rows] = noisy.argmax(-1)
-    if inputs.confident_rows is None:
-        return token_ids, wide.new_empty(0)
-    scaled = wide[inputs.confident_rows] / inputs.confidence_temperatures[:, None]
-    chosen = scaled.gather(1, token_ids[inputs.confident_rows, None])[:, 0]
-    return token_ids, torch.exp(chosen - scaled.logsumexp(-1))
+        noise = gumbel(inputs.seeds, inputs.positions, logits.shape[1], inputs.samples)
+        rows = wide[inputs.sampled_rows]
+        if inputs.truncation is not None:
+            rows = truncate(rows, inputs.temperatures, inputs.truncation)
+        token_ids[inputs.sampled_rows] = (rows + inputs.temperatures[:, None] * noise).argmax(-1)
+    confidences = wide.new_empty(0)
+    if inputs.confident_rows is not None:
+        scaled = wide[inputs.confident_rows] / inputs.confidence_temperatures[:, None]
+        chosen = scaled.gather(1, token_ids[inputs.confident_rows, None])[:, 0]
+        confidences = torch.exp(chosen - scaled.logsumexp(-1))
+    if own is None or inputs.logprob_rows is None:
+        return Sampled(token_ids, confidences)
+    top = own.topk(inputs.num_top, dim=-1)
+    chosen = own.gather(1, token_ids[inputs.logprob_rows, None])[:, 0]
+    return Sampled(token_ids, confidences, chosen, top.indices, top.values)
+
+
+def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
+    """Change logits [num_answers, vocab_size] in place."""
+    if len(edits.penalised_rows):
+        where = (edits.penalised_rows, edits.penalised_ids)
+        values, penalties = logits[where], edits.penalties.to(logits.dtype)
+        logits[where] = torch.where(values > 0, values / penalties, values * penalties)
+    if len(edits.added_rows):
+        where = (edits.added_rows, edits.added_ids)
+        logits[where] = logits[where] + edits.additions.to(logits.dtype)
+    if edits.allowed is not None:
+        kept = logits[edits.masked_rows].masked_fill(~edits.allowed, -torch.inf)
+        logits[edits.masked_rows] = kept
+    if len(edits.forced_rows):
+        logits[edits.forced_rows] = -torch.inf
+        logits[edits.forced_rows, edits.forced_ids] = 0.0
+
+
+def truncate(logits: Tensor, temperatures: Tensor, kept: Truncation) -> Tensor:
+    """-inf where top-k, then top-p of what top-k left, or min-p excludes an id; ties stay together.
+
+    logits [num_sampled, vocab_size] before the temperature, which the probabilities are read at.
+    """
+    probabilities = (logits / temperatures[:, None]).softmax(-1)
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    kth = ordered.gather(1, (kept.top_k - 1).clamp(max=logits.shape[1] - 1)[:, None])
+    of_top_k = torch.where(ordered >= kth, ordered, 0)
+    mass = of_top_k.cumsum(-1)
+    # An id stays while those before it hold less than top_p of what top-k left.
+    stays = (mass - of_top_k) < kept.top_p.to(mass.dtype)[:, None] * mass[:, -1:]
+    lowest = torch.where(stays & (of_top_k > 0), ordered, torch.inf).amin(-1, keepdim=True)
+    floor = torch.maximum(lowest, kept.min_p.to(mass.dtype)[:, None] * ordered[:, :1])
+    return logits.masked_fill(probabilities < floor, -torch.inf)
 
 
 sample = sample_reference

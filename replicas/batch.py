@@ -4,7 +4,6 @@ Dimension names, used everywhere: num_tokens (rows of the pass), num_sequences, 
 page table of the pass), num_answers (rows whose prediction is wanted), num_draft_rows.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 
 from trimode.kernels.paged_attention import AttentionInputs
-from trimode.kernels.sampling import SamplingInputs
+from trimode.kernels.sampling import Sampled, SamplingInputs
 from trimode.replicas.decoding.strategy import PassKind
+from trimode.replicas.sampling import build_sampling
 from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.types import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Batch:
     draft_rows: Tensor | None  # [num_draft_rows] int64, None where nobody drafts with the adapter
     num_answers: np.ndarray  # [num_sequences]
     num_confidences: np.ndarray  # [num_sequences]
+    num_logprobs: list[int | None]  # [num_sequences]: alternatives wanted, None for no logprobs
 
     @classmethod
     def build(
@@ -38,6 +40,7 @@ class Batch:
         scheduled: SequenceOf[Scheduled],
         page_size: int,
         mask_id: int,
+        vocab_size: int,
         device: torch.device | str = "cpu",
     ) -> "Batch":
         """Lists to tensors. The only loop is over sequences, and it only concatenates."""
@@ -74,22 +77,44 @@ class Batch:
                 query_start, starts + lens, tensor(visible), tensor(pages), page_size
             ),
             answer_rows=tensor(answer_rows),
-            sampling=_sampling(scheduled, counts, positions[answer_rows], mask_id, tensor),
+            sampling=build_sampling(
+                scheduled, counts, positions[answer_rows], mask_id, vocab_size, tensor
+            ),
             draft_rows=tensor(draft_rows) if len(draft_rows) else None,
             num_answers=counts,
             num_confidences=np.where([q.wants_confidence for q in queries], counts, 0),
+            num_logprobs=[item.sequence.request.num_logprobs for item in scheduled],
         )
 
-    def split(self, token_ids: Tensor, confidences: Tensor) -> list[Answers]:
-        """Give every sequence its part of ids [num_answers] and confidences [num_confident]."""
-        ids, values = token_ids.tolist(), confidences.tolist()
+    def split(self, sampled: Sampled) -> list[Answers]:
+        """Give every sequence its part."""
+        ids, values = sampled.token_ids.tolist(), sampled.confidences.tolist()
         id_ends, value_ends = self.num_answers.cumsum(), self.num_confidences.cumsum()
-        return [
+        answers = [
             Answers(ids[id_end - num_ids : id_end], values[value_end - num_values : value_end])
             for id_end, num_ids, value_end, num_values in zip(
                 id_ends, self.num_answers, value_ends, self.num_confidences, strict=True
             )
         ]
+        if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
+            return answers
+        chosen = sampled.logprobs.tolist()
+        top = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
+        first = 0
+        for index, (answer, num_top) in enumerate(zip(answers, self.num_logprobs, strict=True)):
+            if num_top is None:
+                continue
+            rows = range(first, first + len(answer.token_ids))
+            first += len(answer.token_ids)
+            logprobs = [
+                TokenLogprobs(
+                    chosen[row],
+                    tuple(zip(top[0][row][:num_top], top[1][row][:num_top], strict=True)),
+                )
+                for row in rows
+            ]
+            answers[index] = Answers(answer.token_ids, answer.confidences, logprobs)
+        return answers
 
 
 def _page_tables(
@@ -101,32 +126,3 @@ def _page_tables(
     for row, item, used in zip(tables, scheduled, num_pages, strict=True):
         row[:used] = item.sequence.page_table[:used]
     return tables
-
-
-def _sampling(
-    scheduled: SequenceOf[Scheduled],
-    counts: np.ndarray,  # [num_sequences]: answers of each
-    answer_positions: np.ndarray,  # [num_answers]
-    mask_id: int,
-    tensor: Callable[[np.ndarray], Tensor],
-) -> SamplingInputs:
-    requests = [item.sequence.request for item in scheduled]
-    queries = [item.query for item in scheduled]
-    temperatures = np.array([r.temperature for r in requests], dtype=np.float32).repeat(counts)
-    seeds = np.array([request.seed for request in requests], dtype=np.int64).repeat(counts)
-    # Block passes predict their own position, causal passes the next.
-    shift = np.array([q.kind is PassKind.CAUSAL for q in queries], dtype=np.int64).repeat(counts)
-    confident = np.array([query.wants_confidence for query in queries]).repeat(counts)
-    softness = np.array([q.confidence_temperature for q in queries], dtype=np.float32).repeat(
-        counts
-    )
-    sampled_rows, confident_rows = np.flatnonzero(temperatures > 0), np.flatnonzero(confident)
-    return SamplingInputs(
-        mask_id=mask_id,
-        sampled_rows=tensor(sampled_rows) if len(sampled_rows) else None,
-        temperatures=tensor(temperatures[sampled_rows]),
-        seeds=tensor(seeds[sampled_rows]),
-        positions=tensor((answer_positions + shift)[sampled_rows]),
-        confident_rows=tensor(confident_rows) if len(confident_rows) else None,
-        confidence_temperatures=tensor(softness[confident_rows]),
-    )

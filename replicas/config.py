@@ -17,10 +17,11 @@ class EngineConfig:
     max_waiting: int = 256  # queued for admission; one more is refused
     max_step_tokens: int = 2048  # query tokens of one pass
     max_block_size: int = 32  # the largest block this engine runs; 1 speculates nothing
+    prefix_cache: bool = True  # keep the KV of full pages for whoever has the same prefix
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
+            if name != "prefix_cache" and getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, is {getattr(self, name)}")
         # The scheduler keeps a quarter of each step for prefill; one block must fit into the rest.
         needed = max(4, (4 * self.max_block_size - 1) // 3)

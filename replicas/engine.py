@@ -3,15 +3,17 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES, Registry
 from trimode.replicas.decoding.strategy import DecodingContext, Stage
-from trimode.replicas.errors import InvalidRequest
+from trimode.replicas.errors import InvalidRequest, RequestError
 from trimode.replicas.model_runner import ModelRunner
+from trimode.replicas.prefix_cache import KVEvent
 from trimode.replicas.scheduler import Scheduler
-from trimode.replicas.sequence import Sequence
-from trimode.replicas.types import Chunk, EngineLoad, Mode, ModelInfo, Request
+from trimode.replicas.sequence import GrammarState, Sequence, StopScanner
+from trimode.replicas.types import Chunk, EngineLoad, Grammar, Mode, ModelInfo, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,16 @@ class StepRecord:
 
     stages: tuple[tuple[str, Stage, int], ...]  # (request id, stage, query tokens)
     duration_s: float
+
+
+class Language(Protocol):
+    """What needs the checkpoint's tokenizer (replicas/language.py)."""
+
+    def grammar(self, grammar: Grammar) -> GrammarState:
+        """Raises InvalidRequest where the grammar is malformed."""
+        ...
+
+    def stop_scanner(self, stop_strings: tuple[str, ...]) -> StopScanner: ...
 
 
 class Engine:
@@ -31,6 +43,7 @@ class Engine:
         config: EngineConfig,
         *,
         modes: Registry = ALL_MODES,
+        language: Language | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -40,7 +53,10 @@ class Engine:
         self._clock = clock
         self._on_step = on_step
         self._scheduler = Scheduler(config, clock)
-        self._sequences: dict[str, Sequence] = {}
+        self._language = language
+        self._sequences: dict[
+            str, list[Sequence]
+        ] = {}  # the samples of each request that still run
 
     @property
     def info(self) -> ModelInfo:
@@ -56,37 +72,30 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest or Overloaded; nothing is kept then."""
         block_size = self._check(request)
-        context = DecodingContext(
-            request,
-            mask_id=self.info.mask_id,
-            stop_ids=frozenset((self.info.eos_id, *request.stop_ids)),
-            block_size=block_size,
-        )
-        sequence = Sequence(
-            request=request,
-            strategy=self._modes[request.mode](context),
-            stop_ids=context.stop_ids,
-            arrived_at=self._clock(),
-            token_ids=list(request.prompt_ids),
-        )
-        self._scheduler.add(sequence, block_size)
-        self._sequences[request.request_id] = sequence
+        samples = [self._sequence(request, index, block_size) for index in range(request.n)]
+        try:
+            for sequence in samples:
+                self._scheduler.add(sequence, block_size)
+        except RequestError:
+            for sequence in samples:
+                if sequence.order >= 0:
+                    self._scheduler.abort(sequence)
+            raise
+        self._sequences[request.request_id] = samples
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free all it holds at once; unknown or finished ones are no error."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
+        for sequence in self._sequences.pop(request_id, ()):
             self._scheduler.abort(sequence)
 
     def step(self) -> list[tuple[str, Chunk]]:
         """One forward pass over whatever is ready; the chunks that it brought, by request id."""
         started = self._clock()
+        chunks = self._scheduler.expire()
         scheduled = self._scheduler.schedule()
-        if not scheduled:
-            return []
-        answers = self._runner.run(scheduled)
-        chunks = self._scheduler.update(scheduled, answers)
-        if self._on_step is not None:
+        if scheduled:
+            chunks += self._scheduler.update(scheduled, self._runner.run(scheduled))
+        if scheduled and self._on_step is not None:
             stages = tuple(
                 (item.sequence.request.request_id, item.query.stage, len(item.query.token_ids))
                 for item in scheduled
@@ -94,12 +103,47 @@ class Engine:
             self._on_step(StepRecord(stages, self._clock() - started))
         for sequence, chunk in chunks:
             if chunk.finish is not None:
-                del self._sequences[sequence.request.request_id]
+                self._forget(sequence)
         return [(sequence.request.request_id, chunk) for sequence, chunk in chunks]
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or shared."""
         self._scheduler.check_integrity()
+
+    def drain_events(self) -> list[KVEvent]:
+        """What became of cached pages since the last call, numbered."""
+        return self._scheduler.drain_events()
+
+    def _forget(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
+        samples = self._sequences[request_id]
+        samples.remove(sequence)
+        if not samples:
+            del self._sequences[request_id]
+
+    def _sequence(self, request: Request, index: int, block_size: int) -> Sequence:
+        eos = () if request.ignore_eos else (self.info.eos_id,)
+        context = DecodingContext(
+            request,
+            mask_id=self.info.mask_id,
+            stop_ids=frozenset((*eos, *request.stop_ids)),
+            block_size=block_size,
+        )
+        language = self._language
+        return Sequence(
+            request=request,
+            strategy=self._modes[request.mode](context),
+            stop_ids=context.stop_ids,
+            arrived_at=self._clock(),
+            token_ids=list(request.prompt_ids),
+            sample_index=index,
+            grammar=language.grammar(request.grammar) if language and request.grammar else None,
+            stop_scanner=(
+                language.stop_scanner(request.stop_strings)
+                if language and request.stop_strings
+                else None
+            ),
+        )
 
     def _check(self, request: Request) -> int:
         """Check a request against this model and engine; returns its block size."""
@@ -112,6 +156,7 @@ class Engine:
         for name, ids in (
             ("prompt_token_ids", request.prompt_ids),
             ("stop_token_ids", request.stop_ids),
+            ("logit_bias", tuple(token_id for token_id, _ in request.logit_bias)),
         ):
             if max(ids, default=0) >= info.vocab_size or min(ids, default=0) < 0:
                 raise InvalidRequest(name, f"ids must be in [0, {info.vocab_size})")
@@ -122,6 +167,13 @@ class Engine:
                 f"prompt of {len(request.prompt_ids)} and {request.max_tokens} new tokens exceed "
                 f"the model's {info.max_positions} positions",
             )
+        if self._language is None:
+            for name, value in (
+                ("grammar", request.grammar),
+                ("stop_strings", request.stop_strings),
+            ):
+                if value:
+                    raise InvalidRequest(name, "the model has no tokenizer to read text with")
         limit = min(info.block_size, config.max_block_size)
         if request.block_size is not None and request.block_size > limit:
             raise InvalidRequest("block_size", f"at most {limit} here, is {request.block_size}")

@@ -34,9 +34,10 @@ class _Stop:
 
 
 class _Mailbox:
-    """Where one request's chunks arrive. Bounded by max_tokens: no chunk is empty but the last."""
+    """Where one request's chunks arrive. Bounded by n * max_tokens: no chunk is empty but a last."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples  # that have not finished
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
 
@@ -80,18 +81,19 @@ class EngineLoop:
         Raises InvalidRequest or Overloaded before the first chunk, Unavailable where the engine
         fails.
         """
-        mailbox = _Mailbox()
+        mailbox = _Mailbox(request.n)
         self._inbox.put(_Add(request, mailbox))
-        finished = False
+        left = request.n  # samples that have not finished
         try:
-            while not finished:
+            while left:
                 item = await mailbox.queue.get()
-                finished = isinstance(item, RequestError) or item.finish is not None
                 if isinstance(item, RequestError):
+                    left = 0
                     raise item
+                left -= item.finish is not None
                 yield item
         finally:
-            if not finished:
+            if left:
                 self._inbox.put(_Abort(request.request_id, mailbox))
 
     def _run(self) -> None:
@@ -140,7 +142,8 @@ class EngineLoop:
             if mailbox is None:
                 continue
             letters.append((mailbox, chunk))
-            if chunk.finish is not None:
+            mailbox.num_samples -= chunk.finish is not None
+            if mailbox.num_samples == 0:
                 del self._mailboxes[request_id]
         _post(letters)
 

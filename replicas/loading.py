@@ -8,6 +8,7 @@ import torch
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.errors import CheckpointError
+from trimode.replicas.language import Language
 from trimode.replicas.model.weights import Progress, load_model
 from trimode.replicas.model_runner import TorchModelRunner
 
@@ -35,7 +36,8 @@ def build_engine(
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
-    return Engine(TorchModelRunner(model, config), config, on_step=on_step)
+    runner = TorchModelRunner(model, config)
+    return Engine(runner, config, language=Language.load(folder), on_step=on_step)
 
 
 def torch_dtype(name: str) -> torch.dtype:

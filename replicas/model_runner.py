@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimode.kernels.kv_cache import KVCache, write_kv
 from trimode.kernels.paged_attention import paged_attention
-from trimode.kernels.sampling import sample
+from trimode.kernels.sampling import Sampled, sample
 from trimode.replicas.batch import Batch
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
@@ -57,7 +57,8 @@ class TorchModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
-        batch = Batch.build(scheduled, self._page_size, self.info.mask_id, self._device)
+        info = self.info
+        batch = Batch.build(scheduled, self._page_size, info.mask_id, info.vocab_size, self._device)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             write_kv(self._cache, layer, key, value, batch.slots)
@@ -65,6 +66,6 @@ class TorchModelRunner:
 
         hidden = self._model(batch.token_ids, batch.positions, attend, batch.draft_rows)
         if len(batch.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
-            return batch.split(batch.answer_rows, hidden.new_empty(0))
+            return batch.split(Sampled(batch.answer_rows, hidden.new_empty(0)))
         logits = self._model.logits(hidden[batch.answer_rows])
-        return batch.split(*sample(logits, batch.sampling))
+        return batch.split(sample(logits, batch.sampling))

@@ -1,9 +1,33 @@
-"""Sequence: the progress of one request. Only the scheduler changes it."""
+"""Sequence: the progress of one sample of a request. Only the scheduler changes it."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
 
 from trimode.replicas.decoding.strategy import Strategy
 from trimode.replicas.types import Finish, FinishReason, Request, Timings
+
+
+class GrammarState(Protocol):
+    """Where one output stands in its grammar."""
+
+    def masks(self, drafts: SequenceOf[int]) -> np.ndarray:
+        """[len(drafts) + 1, vocab_size] bool: what may follow the text and the first i drafts."""
+        ...
+
+    def advance(self, token_ids: SequenceOf[int]) -> None:
+        """Take emitted tokens."""
+        ...
+
+
+class StopScanner(Protocol):
+    """Watches one output's text for stop strings."""
+
+    def push(self, token_id: int) -> bool:
+        """Whether the text, this token included, holds one."""
+        ...
 
 
 @dataclass(slots=True, eq=False)  # identity, not value: two sequences are never the same one
@@ -17,14 +41,32 @@ class Sequence:
     stop_ids: frozenset[int]
     arrived_at: float  # time.monotonic()
     token_ids: list[int]  # prompt and output
-    num_pages: int = 0  # that it will own once admitted
+    order: int = -1  # of arrival, once it is queued
+    sample_index: int = 0  # below the request's n
+    grammar: GrammarState | None = None
+    stop_scanner: StopScanner | None = None
+    max_block_size: int = 1  # slots that one of its queries may need after the prefill
     page_table: list[int] = field(default_factory=list)
+    page_hashes: list[int] = field(default_factory=list)  # of its published pages, root first
     num_committed: int = 0  # slots that hold final, causal KV
+    num_cached: int = 0  # prompt tokens that the prefix cache had
+    num_preemptions: int = 0
+    # The prefill ends here: at the prompt's end, after a preemption where decoding had come to.
+    prefill_end: int = 0
+    wants_edits: bool = False  # its logits are changed before the draw
     num_forwards: int = 0
     accepted: list[int] = field(default_factory=list)
     scheduled_at: float | None = None
     first_token_at: float | None = None
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.prefill_end = self.num_prompt_tokens
+        request = self.request
+        self.wants_edits = bool(
+            request.has_penalties or request.logit_bias or request.min_tokens
+            or request.thinking is not None or self.grammar is not None
+        )  # fmt: skip
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -36,16 +78,25 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_committed < self.num_prompt_tokens
+        return self.num_committed < self.prefill_end
+
+    @property
+    def deadline(self) -> float:
+        """When its time is up, on the clock of arrived_at."""
+        timeout = self.request.timeout_s
+        return float("inf") if timeout is None else self.arrived_at + timeout
 
     def append(self, emitted: list[int]) -> list[int]:
-        """Take emitted tokens up to a stop token or max_tokens, whichever is first; returns those
-        taken.
+        """Take emitted tokens up to the first stop token, the end of a stop string, or max_tokens;
+        returns those taken.
         """
         room = self.request.max_tokens - self.num_output_tokens
         taken = emitted[:room]
         for index, token_id in enumerate(taken):
-            if token_id in self.stop_ids:
+            stops = token_id in self.stop_ids
+            if self.stop_scanner is not None:
+                stops = self.stop_scanner.push(token_id) or stops
+            if stops:
                 taken = taken[: index + 1]
                 self.finish_reason = FinishReason.STOP
                 break
@@ -53,6 +104,8 @@ class Sequence:
             if len(taken) == room:
                 self.finish_reason = FinishReason.LENGTH
         self.token_ids += taken
+        if self.grammar is not None:
+            self.grammar.advance(taken)
         return taken
 
     def account(self, now: float) -> Finish:
@@ -74,4 +127,5 @@ class Sequence:
                 first_token_s=since(self.first_token_at),
                 total_s=since(now),
             ),
+            cached_tokens=self.num_cached,
         )

@@ -154,6 +154,8 @@ class Request:
             raise InvalidRequest("grammar", f"at most {MAX_GRAMMAR_CHARS} characters are allowed")
         if self.thinking is not None:
             _check_range("thinking_budget", self.thinking.max_tokens, 0, None)
+            if self.grammar is not None:
+                raise InvalidRequest("thinking_budget", "cannot be combined with a grammar")
         if self.mode is Mode.BLOCK_DIFFUSION:
             self._check_diffusion()
 
@@ -246,4 +248,5 @@ class EngineLoad:
     free_pages: int  # cached pages that nobody uses are free, too
     total_pages: int
     cached_pages: int = 0  # in the prefix cache, in use or not
+    num_preemptions: int = 0  # since the start
     running_by_mode: dict[str, int] = field(default_factory=dict)

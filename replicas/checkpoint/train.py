@@ -280,7 +280,14 @@ def own_text(corpora: list[corpus.Corpus], work: Path, size: int) -> Tensor:
         for index, row in enumerate(rows):
             temperature = OWN_TEXT_TEMPERATURES[index % len(OWN_TEXT_TEMPERATURES)]
             engine.add(
-                Request(str(index), tuple(row), Mode.AUTOREGRESSIVE, PROMPT_LEN, temperature, index)
+                Request(
+                    str(index),
+                    tuple(row),
+                    Mode.AUTOREGRESSIVE,
+                    PROMPT_LEN,
+                    temperature=temperature,
+                    seed=index,
+                )  # fmt: skip
             )
         with Progress() as progress:
             task = progress.add_task("writing its own text", total=size)

@@ -10,6 +10,7 @@ from trimode.replicas.decoding.strategy import (
     Query,
     Stage,
 )
+from trimode.replicas.types import TokenLogprobs
 
 
 class Autoregressive:
@@ -23,5 +24,10 @@ class Autoregressive:
             Stage.DECODE, PassKind.CAUSAL, (position.known_id,), position.start, answers=(0,)
         )
 
-    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
-        return Outcome(emitted=token_ids, num_committed=1)
+    def accept(
+        self,
+        token_ids: SequenceOf[int],
+        confidences: SequenceOf[float],
+        logprobs: SequenceOf[TokenLogprobs] = (),
+    ) -> Outcome:
+        return Outcome(emitted=token_ids, num_committed=1, logprobs=logprobs)

@@ -2,7 +2,7 @@
 (model.md 5.2).
 
 At temperature 0 every denoise pass takes the arg max, above it the position-keyed noise decides;
-either way the confidence is the model's own at temperature 1. Unlike self-speculation nothing is
+either way the confidence is the model's at temperature 1, after penalties, bias and forced ids. Unlike self-speculation nothing is
 verified: the text is not what AR would write.
 """
 
@@ -18,6 +18,7 @@ from trimode.replicas.decoding.strategy import (
     Stage,
     confident_indices,
 )
+from trimode.replicas.types import TokenLogprobs
 
 DEFAULT_THRESHOLD = 0.9
 
@@ -47,14 +48,21 @@ class BlockDiffusion:
         last = len(block.token_ids) - 1
         return Query(Stage.COMMIT, PassKind.CAUSAL, block.token_ids, block.start, answers=(last,))
 
-    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
+    def accept(
+        self,
+        token_ids: SequenceOf[int],
+        confidences: SequenceOf[float],
+        logprobs: SequenceOf[TokenLogprobs] = (),
+    ) -> Outcome:
         block = self._block
         assert block is not None, "accept() without a query"
         if not block.masked:
             self._block = None
-            return Outcome(emitted=token_ids, num_committed=len(block.token_ids))
-        block.fill(confident_indices(confidences, self._threshold), token_ids)
+            return Outcome(token_ids, num_committed=len(block.token_ids), logprobs=logprobs)
+        block.fill(confident_indices(confidences, self._threshold), token_ids, logprobs)
         stop = block.first_stop(self._context.stop_ids)
-        if stop is not None:
-            return Outcome(emitted=block.token_ids[1 : stop + 1])
-        return Outcome(emitted=() if block.masked else block.token_ids[1:])
+        if block.masked and stop is None:
+            return Outcome()
+        end = len(block.token_ids) if stop is None else stop + 1
+        wanted = [block.logprobs[index] for index in range(1, end)] if logprobs else ()
+        return Outcome(emitted=block.token_ids[1:end], logprobs=wanted)

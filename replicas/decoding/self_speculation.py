@@ -18,6 +18,7 @@ from trimode.replicas.decoding.strategy import (
     Stage,
     confident_indices,
 )
+from trimode.replicas.types import TokenLogprobs
 
 ONE_PASS = 0.0  # the default threshold: a single draft pass fills the whole block
 
@@ -51,7 +52,12 @@ class SelfSpeculation:
             Stage.VERIFY, PassKind.CAUSAL, block.token_ids, block.start, answers=everything
         )
 
-    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
+    def accept(
+        self,
+        token_ids: SequenceOf[int],
+        confidences: SequenceOf[float],
+        logprobs: SequenceOf[TokenLogprobs] = (),
+    ) -> Outcome:
         block = self._block
         assert block is not None, "accept() without a query"
         if block.masked:
@@ -64,7 +70,10 @@ class SelfSpeculation:
             return Outcome()
         self._block = None
         accepted = 1 + num_agreeing(block.token_ids[1:], token_ids)
-        return Outcome(emitted=token_ids[:accepted], num_committed=accepted, accepted=accepted)
+        return Outcome(
+            emitted=token_ids[:accepted], num_committed=accepted, accepted=accepted,
+            logprobs=logprobs[:accepted],
+        )  # fmt: skip
 
 
 def num_agreeing(drafts: SequenceOf[int], answers: SequenceOf[int]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from trimode.replicas.types import Request
+from trimode.replicas.types import Request, TokenLogprobs
 
 
 class PassKind(Enum):
@@ -55,6 +55,7 @@ class Outcome:
     emitted: SequenceOf[int] = ()  # new output tokens, in order
     num_committed: int = 0  # slots whose causal KV is now final
     accepted: int | None = None  # tokens of a verify round
+    logprobs: SequenceOf[TokenLogprobs] = ()  # one an emitted token, where they are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,15 @@ class Strategy(Protocol):
         """The pass this sequence needs next. Asking twice before accept() gives the same."""
         ...
 
-    def accept(self, token_ids: SequenceOf[int], confidences: SequenceOf[float]) -> Outcome:
-        """Take the answers of the last query; confidences is empty unless it wanted them."""
+    def accept(
+        self,
+        token_ids: SequenceOf[int],
+        confidences: SequenceOf[float],
+        logprobs: SequenceOf[TokenLogprobs] = (),
+    ) -> Outcome:
+        """Take the answers of the last query; confidences is empty unless it wanted them, logprobs
+        unless the request does.
+        """
         ...
 
 

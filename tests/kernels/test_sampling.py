@@ -1,11 +1,19 @@
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from trimode.kernels.noise import gumbel
-from trimode.kernels.sampling import SamplingInputs, sample_reference
+from trimode.kernels.sampling import (
+    LogitEdits,
+    SamplingInputs,
+    Truncation,
+    apply_edits,
+    sample_reference,
+    truncate,
+)
 
 MASK = 3
 
@@ -30,6 +38,12 @@ def inputs(
     )
 
 
+def answers(logits: Tensor, settings: SamplingInputs) -> tuple[Tensor, Tensor]:
+    """Ids and confidences."""
+    sampled = sample_reference(logits, settings)
+    return sampled.token_ids, sampled.confidences
+
+
 @pytest.fixture
 def logits() -> Tensor:
     return torch.randn(6, 20, generator=torch.Generator().manual_seed(5)) * 2
@@ -37,7 +51,7 @@ def logits() -> Tensor:
 
 def test_temperature_0_takes_the_arg_max(logits: Tensor) -> None:
     logits[:, MASK] = -5
-    ids, confidences = sample_reference(logits.clone(), inputs([0.0] * 6))
+    ids, confidences = answers(logits.clone(), inputs([0.0] * 6))
     assert torch.equal(ids, logits.argmax(-1))
     assert confidences.shape == (0,)
 
@@ -45,7 +59,7 @@ def test_temperature_0_takes_the_arg_max(logits: Tensor) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 10.0])
 def test_the_mask_id_is_never_chosen(logits: Tensor, temperature: float) -> None:
     logits[:, MASK] = 50
-    ids, _ = sample_reference(logits, inputs([temperature] * 6, range(6), range(6)))
+    ids, _ = answers(logits, inputs([temperature] * 6, range(6), range(6)))
     assert MASK not in ids.tolist()
 
 
@@ -53,7 +67,7 @@ def test_a_sampled_id_is_the_arg_max_of_logits_and_scaled_noise(logits: Tensor) 
     logits[:, MASK] = -torch.inf
     seeds, positions = [4, 4, 9, 2**40, 0, 1], [0, 1, 1, 77, 500, 3]
     wanted = logits + 0.7 * gumbel(torch.tensor(seeds), torch.tensor(positions), 20)
-    ids, _ = sample_reference(logits.clone(), inputs([0.7] * 6, seeds, positions))
+    ids, _ = answers(logits.clone(), inputs([0.7] * 6, seeds, positions))
     assert torch.equal(ids, wanted.argmax(-1))
 
 
@@ -61,7 +75,7 @@ def test_a_sampled_id_is_the_arg_max_of_logits_and_scaled_noise(logits: Tensor) 
 def test_frequencies_are_those_of_the_softmax(logits: Tensor, temperature: float) -> None:
     num_draws, row = 20_000, logits[:1]
     settings = inputs([temperature] * num_draws, [11] * num_draws, range(num_draws))
-    ids, _ = sample_reference(row.repeat(num_draws, 1), settings)
+    ids, _ = answers(row.repeat(num_draws, 1), settings)
     row[:, MASK] = -torch.inf
     wanted = num_draws * (row[0] / temperature).softmax(-1)
     seen = torch.bincount(ids, minlength=20)
@@ -74,7 +88,7 @@ def test_frequencies_are_those_of_the_softmax(logits: Tensor, temperature: float
 def test_frequencies_over_seeds_are_those_of_the_softmax(logits: Tensor) -> None:
     num_draws = 20_000
     settings = inputs([1.0] * num_draws, range(num_draws), [8] * num_draws)
-    ids, _ = sample_reference(logits[:1].repeat(num_draws, 1), settings)
+    ids, _ = answers(logits[:1].repeat(num_draws, 1), settings)
     logits[0, MASK] = -torch.inf
     wanted = logits[0].softmax(-1)
     share = torch.bincount(ids, minlength=20) / num_draws
@@ -88,7 +102,7 @@ def test_confidence_is_the_probability_of_the_id_at_its_own_temperature(
     settings = inputs([0.0, 0.9, 0.0, 0.9, 0.0, 0.0], range(6), range(6), {1: softness, 4: 1.0})
     clean = logits.clone()
     clean[:, MASK] = -torch.inf
-    ids, confidences = sample_reference(logits, settings)
+    ids, confidences = answers(logits, settings)
     wanted = [(clean[1] / softness).softmax(-1)[ids[1]], clean[4].softmax(-1)[ids[4]]]
     assert confidences.tolist() == pytest.approx([float(value) for value in wanted])
 
@@ -96,10 +110,10 @@ def test_confidence_is_the_probability_of_the_id_at_its_own_temperature(
 def test_an_answer_does_not_depend_on_its_batch_mates(logits: Tensor) -> None:
     temperatures, everyone = [0.0, 0.7, 1.3, 0.0, 0.2, 2.0], dict.fromkeys(range(6), 1.0)
     settings = inputs(temperatures, range(6), range(10, 16), everyone)
-    ids, confidences = sample_reference(logits.clone(), settings)
+    ids, confidences = answers(logits.clone(), settings)
     for row in range(6):
         single = inputs([temperatures[row]], [row], [10 + row], {0: 1.0})
-        one_id, one_confidence = sample_reference(logits[row : row + 1].clone(), single)
+        one_id, one_confidence = answers(logits[row : row + 1].clone(), single)
         assert one_id[0] == ids[row]
         assert one_confidence[0] == confidences[row]
 
@@ -110,8 +124,105 @@ def test_narrow_logits_are_widened_before_noise_and_softmax(
 ) -> None:
     narrow = logits.to(dtype)
     settings = inputs([0.7] * 6, range(6), range(6), {0: 1.0})
-    ids, confidences = sample_reference(narrow.clone(), settings)
-    wanted, wanted_confidences = sample_reference(narrow.double(), settings)
+    ids, confidences = answers(narrow.clone(), settings)
+    wanted, wanted_confidences = answers(narrow.double(), settings)
     assert torch.equal(ids, wanted)
     assert confidences.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert confidences.double().tolist() == pytest.approx(wanted_confidences.tolist(), rel=1e-5)
+
+
+def truncated(row: Tensor, temperature: float = 1.0, **own: float) -> set[int]:
+    """The ids that are left of one row."""
+    kept = Truncation(
+        torch.tensor([int(own.get("top_k", len(row)))]),
+        torch.tensor([own.get("top_p", 1.0)]),
+        torch.tensor([own.get("min_p", 0.0)]),
+    )
+    left = truncate(row[None], torch.tensor([temperature]), kept)[0]
+    return {index for index, value in enumerate(left.tolist()) if value > -torch.inf}
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 20])
+def test_top_k_leaves_the_k_best(logits: Tensor, top_k: int) -> None:
+    assert truncated(logits[0], top_k=top_k) == set(logits[0].topk(top_k).indices.tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 1.0])
+def test_top_p_leaves_the_smallest_set_that_holds_so_much(logits: Tensor, top_p: float) -> None:
+    row = logits[0].double()
+    order = row.argsort(descending=True).tolist()
+    wanted, mass = set(), 0.0
+    for index in order:
+        if mass >= top_p:
+            break
+        wanted.add(index)
+        mass += float(row.softmax(-1)[index])
+    assert truncated(row, top_p=top_p) == wanted
+
+
+def test_top_p_counts_what_top_k_left(logits: Tensor) -> None:
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert truncated(row, top_p=0.55) == {0, 1}
+    assert truncated(row, top_p=0.55, top_k=2) == {0}
+
+
+def test_min_p_is_a_share_of_the_best_after_the_temperature() -> None:
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert truncated(row, min_p=0.6) == {0, 1}
+    assert truncated(row, temperature=5.0, min_p=0.6) == {0, 1, 2, 3}
+
+
+def edits(**own: list[tuple[int, int, float]]) -> LogitEdits:
+    """penalised, added: (row, id, value); forced: (row, id, 0)."""
+
+    def columns(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        rows, ids, values = zip(*own.get(name, []), strict=True) if own.get(name) else ((), (), ())
+        return (
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(ids, dtype=torch.int64),
+            torch.tensor(values, dtype=torch.float64),
+        )
+
+    forced = columns("forced")
+    nothing = torch.empty(0, dtype=torch.int64)
+    return LogitEdits(*columns("penalised"), *columns("added"), forced[0], forced[1], nothing, None)
+
+
+def test_a_repetition_penalty_lowers_a_logit_of_either_sign() -> None:
+    row = torch.tensor([[2.0, -2.0, 1.0]])
+    apply_edits(row, edits(penalised=[(0, 0, 2.0), (0, 1, 2.0)]))
+    assert row.tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_additions_and_bans_change_only_their_logit(logits: Tensor) -> None:
+    wanted = logits.clone()
+    wanted[2, 5] += 1.5
+    wanted[4, 0] = -torch.inf
+    apply_edits(logits, edits(added=[(2, 5, 1.5), (4, 0, -torch.inf)]))
+    assert torch.equal(logits, wanted)
+
+
+def test_a_forced_id_is_certain(logits: Tensor) -> None:
+    apply_edits(logits, edits(forced=[(1, 7, 0.0)]))
+    assert logits[1].softmax(-1)[7] == 1
+
+
+def test_logprobs_are_the_models_own_whatever_is_asked(logits: Tensor) -> None:
+    settings = inputs([0.0] * 6)
+    settings = replace(
+        settings, edits=edits(forced=[(1, 7, 0.0)]), logprob_rows=torch.tensor([1, 4]), num_top=2
+    )
+    clean = logits.clone()
+    clean[:, MASK] = -torch.inf
+    wanted = clean.log_softmax(-1)
+    sampled = sample_reference(logits, settings)
+    assert sampled.logprobs is not None and sampled.top_ids is not None
+    assert sampled.logprobs.tolist() == [float(wanted[1, 7]), float(wanted[4].max())]
+    assert sampled.top_ids.tolist() == wanted[[1, 4]].topk(2).indices.tolist()
+
+
+def test_samples_of_one_request_draw_different_noise() -> None:
+    seeds, positions = torch.tensor([4, 4]), torch.tensor([9, 9])
+    noise = gumbel(seeds, positions, 20, torch.tensor([0, 1]))
+    assert torch.equal(noise[0], gumbel(seeds[:1], positions[:1], 20)[0])
+    assert not torch.equal(noise[0], noise[1])

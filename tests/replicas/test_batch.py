@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimode.kernels.sampling import Sampled
 from trimode.replicas.batch import Batch
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
@@ -53,7 +54,7 @@ def scheduled(item: Any) -> list[Scheduled]:
 
 @pytest.fixture
 def batch(scheduled: list[Scheduled]) -> Batch:
-    return Batch.build(scheduled, page_size=4, mask_id=MASK)
+    return Batch.build(scheduled, page_size=4, mask_id=MASK, vocab_size=64)
 
 
 def test_rows_stand_in_the_order_of_their_sequences(batch: Batch) -> None:
@@ -78,7 +79,7 @@ def test_only_draft_rows_run_with_the_adapter(batch: Batch, scheduled: list[Sche
     assert batch.draft_rows is not None
     assert batch.draft_rows.tolist() == [4, 5, 6]
     others = [item for item in scheduled if item.query.kind is not PassKind.DRAFT]
-    assert Batch.build(others, 4, MASK).draft_rows is None
+    assert Batch.build(others, 4, MASK, 64).draft_rows is None
 
 
 def test_sampled_answers_carry_the_position_of_the_token_they_produce(batch: Batch) -> None:
@@ -98,13 +99,15 @@ def test_confidences_are_read_at_their_own_temperature(batch: Batch) -> None:
 
 
 def test_a_greedy_batch_without_confidences_says_so(scheduled: list[Scheduled]) -> None:
-    sampling = Batch.build(scheduled[1:2], 4, MASK).sampling
+    sampling = Batch.build(scheduled[1:2], 4, MASK, 64).sampling
     assert sampling.sampled_rows is None
     assert sampling.confident_rows is None
 
 
 def test_split_gives_each_sequence_its_own_answers(batch: Batch) -> None:
-    got = batch.split(torch.arange(10, 18), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
+    got = batch.split(
+        Sampled(torch.arange(10, 18), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
+    )
     assert got == [
         Answers([10], []),
         Answers([11], []),
@@ -117,13 +120,16 @@ def test_split_gives_each_sequence_its_own_answers(batch: Batch) -> None:
 def test_a_chunk_without_answers_gets_none(item: Any) -> None:
     chunk = item([0], Query(Stage.PREFILL, PassKind.CAUSAL, [7, 8], 0, ()))
     decode = item([1], Query(Stage.DECODE, PassKind.CAUSAL, [7], 2, (0,)))
-    batch = Batch.build([chunk, decode], 4, MASK)
+    batch = Batch.build([chunk, decode], 4, MASK, 64)
     assert batch.answer_rows.tolist() == [2]
-    assert batch.split(torch.tensor([5]), torch.empty(0)) == [Answers([], []), Answers([5], [])]
+    assert batch.split(Sampled(torch.tensor([5]), torch.empty(0))) == [
+        Answers([], []),
+        Answers([5], []),
+    ]
 
 
 def test_pages_past_the_pass_are_not_read(item: Any) -> None:
     short = item([3, 99, 99], Query(Stage.DECODE, PassKind.CAUSAL, [7], 2, (0,)))
-    batch = Batch.build([short], 4, MASK)
+    batch = Batch.build([short], 4, MASK, 64)
     assert batch.slots.tolist() == [14]
     assert batch.attention.tiles[0].slots.max() < 16
