@@ -82,6 +82,20 @@ def generate(
     command.run(options, as_json=as_json)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="The profile; its plot lies beside it.")] = Path(
+        "profile.json"
+    ),
+) -> None:
+    """Measure this machine's step times, on which block sizes are chosen."""
+    from trimode.cluster import calibrate as command
+
+    command.run(model, dtype, out)
+
+
 def _parse_ids(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))

@@ -223,8 +223,8 @@ class Governor:
         """Change sizes only where it pays: for the whole batch, or for a sequence by itself, whose
         part in the batch may be too small to be seen.
         """
-        is_held = held.any(axis=1)
-        if (best == held.argmax(axis=1))[is_held].all():
+        is_held: NDArray[np.bool_] = np.any(held, axis=1)
+        if not (is_held & (best != held.argmax(axis=1))).any():
             return best
         keep = problem.best(np.where(is_held[:, None], held, allowed))
         before = problem.goodput_of(keep)

@@ -54,9 +54,11 @@ TORCH_FREE = (
 # Imports inside functions: (file, module), and why.
 LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
+    ("cluster/__main__.py", "trimode.cluster.calibrate"),
     ("cluster/__main__.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
     # Only `plot` needs it.
+    ("cluster/calibrate.py", "matplotlib"),
     ("replicas/checkpoint/report.py", "matplotlib"),
     # Processes that only name the deployment do not pay for torch.
     ("replicas/replica.py", "torch"),

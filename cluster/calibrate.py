@@ -1,0 +1,93 @@
+"""`trimode calibrate`: measure step times on this machine; writes a JSON profile and its plot."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from trimode.replicas.calibration import measure
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.errors import ConfigError
+from trimode.replicas.loading import torch_dtype
+from trimode.replicas.model.weights import load_model
+from trimode.replicas.model_runner import TorchModelRunner
+from trimode.replicas.step_profile import StepProfile
+
+LONG_CONTEXT_PAGES = 2048  # 32,768 slots: 16 sequences of the longest context measured
+
+
+def run(model: Path, dtype: str, out: Path) -> None:
+    """Measure, print, write `out` and the picture beside it. Raises TrimodeError."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: the folder {out.parent} does not exist")
+    if out.suffix != ".json":
+        raise ConfigError(f"--out must end in .json, is {out.name}")
+    console = Console(stderr=True)
+    profile = _measure(model, dtype, console)
+    profile.save(out)
+    picture = out.with_suffix(".png")
+    plot(profile, picture)
+    console.print(_table(profile))
+    console.print(f"wrote {out} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _measure(folder: Path, dtype: str, console: Console) -> StepProfile:
+    """On the GPU where there is one, else the CPU; 'auto' as for an engine (loading.py)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    config = EngineConfig(num_pages=LONG_CONTEXT_PAGES)
+    runner = TorchModelRunner(load_model(folder, torch_dtype(dtype), device), config)
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=None)
+        return measure(
+            runner, config, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def _table(profile: StepProfile) -> Table:
+    """Milliseconds at the shortest context: causal / draft."""
+    context = profile.context_lens[0]
+    table = Table(title=f"ms a pass, causal / draft, {context} tokens of context each")
+    table.add_column("sequences", justify="right")
+    for rows in profile.rows_per_sequence:
+        table.add_column(f"{rows} row{'s' if rows > 1 else ''} each", justify="right")
+    for n, count in enumerate(profile.num_sequences):
+        cells = [
+            f"{1e3 * profile.causal_s[n][r][0]:.2f} / {1e3 * profile.draft_s[n][r][0]:.2f}"
+            for r in range(len(profile.rows_per_sequence))
+        ]
+        table.add_row(str(count), *cells)
+    return table
+
+
+def plot(profile: StepProfile, path: Path) -> None:
+    """Seconds over rows, one panel a context, one line for each number of sequences, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    contexts = profile.context_lens
+    figure, axes = pyplot.subplots(
+        1, len(contexts), figsize=(4.3 * len(contexts), 3.8), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for c, (axis, context) in enumerate(zip(axes[0], contexts, strict=True)):
+        for n, count in enumerate(profile.num_sequences):
+            rows = [count * each for each in profile.rows_per_sequence]
+            for grid, style in ((profile.causal_s, "-"), (profile.draft_s, "--")):
+                label = f"{count} sequences" if style == "-" else None
+                millis = [1e3 * line[c] for line in grid[n]]
+                axis.plot(rows, millis, style, color=f"C{n}", marker=".", label=label)
+        axis.set(title=f"{context} tokens of context each", xlabel="rows of the pass")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ms (dashed: draft passes)")
+    axes[0][0].legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

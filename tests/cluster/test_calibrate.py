@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from trimode.cluster import calibrate
+from trimode.replicas.errors import ConfigError
+from trimode.replicas.step_profile import StepProfile
+
+PROFILE = StepProfile(
+    (1, 4), (1, 8), (0, 64), (((1.0, 2.0), (3.0, 4.0)),) * 2, (((2.0, 2.0), (4.0, 4.0)),) * 2
+)
+
+
+def test_a_profile_and_its_picture_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_measure", lambda *_: PROFILE)
+    calibrate.run(tmp_path, "auto", tmp_path / "profile.json")
+    assert StepProfile.load(tmp_path / "profile.json") == PROFILE
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("out", ["missing/profile.json", "profile.txt"])
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr(calibrate, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="--out"):
+        calibrate.run(tmp_path, "auto", tmp_path / out)
