@@ -22,8 +22,8 @@ NUM_SEQUENCES = (1, 4, 16, 64, 256)
 ROWS_PER_SEQUENCE = (1, 4, 8, 16, 32)
 CONTEXT_LENS = (64, 512, 2048)
 MAX_ROWS = 512  # of a measured pass; larger ones are prolonged from smaller ones
-REPEATS = 3  # the fastest counts: whatever else the machine does only adds
-LONG_PASS_S = 0.2  # measured once
+NUM_SWEEPS = 4  # the fastest counts: whatever else the machine does only adds
+LONG_PASS_S = 0.1  # measured once
 
 
 def measure(
@@ -34,21 +34,24 @@ def measure(
 ) -> StepProfile:
     """Takes seconds. The engine must be idle: its cache's slots are overwritten.
 
-    progress(done, total) is called after each point.
+    progress(done, total) is called after each pass.
     """
     sequences, rows, contexts = axes(runner.info, config)
     points = list(_points(sequences, rows, config))
     grids = {True: _empty(sequences, rows, contexts), False: _empty(sequences, rows, contexts)}
-    total, done = len(points) * len(contexts) * len(grids), 0
+    cells = [(d, n, r, c) for d in grids for n, r in points for c in range(len(contexts))]
     _fill(runner, config)
     _run(runner, _items(runner.info, config, 1, rows[-1], contexts[0], drafts=True))  # warm up
-    for drafts, grid in grids.items():
-        for (n, r), c in product(points, range(len(contexts))):
-            items = _items(runner.info, config, sequences[n], rows[r], contexts[c], drafts)
-            grid[n, r, c] = _fastest(runner, items, clock)
-            done += 1
+    # Sweep by sweep, so that a busy moment of the machine does not meet all tries of a point.
+    for sweep in range(NUM_SWEEPS):
+        for done, (drafts, n, r, c) in enumerate(cells, start=1 + sweep * len(cells)):
+            if not grids[drafts][n, r, c] > LONG_PASS_S:  # NaN at first
+                items = _items(runner.info, config, sequences[n], rows[r], contexts[c], drafts)
+                grids[drafts][n, r, c] = np.fmin(
+                    grids[drafts][n, r, c], _seconds(runner, items, clock)
+                )
             if progress is not None:
-                progress(done, total)
+                progress(done, NUM_SWEEPS * len(cells))
     info = runner.info
     return StepProfile(
         num_sequences=sequences,
@@ -148,17 +151,12 @@ def _sequence(info: ModelInfo, context_len: int, num_rows: int) -> Sequence:
     )
 
 
-def _fastest(
+def _seconds(
     runner: ModelRunner, items: SequenceOf[Scheduled], clock: Callable[[], float]
 ) -> float:
-    best = float("inf")
-    for _ in range(REPEATS):
-        begin = clock()
-        _run(runner, items)
-        best = min(best, clock() - begin)
-        if best > LONG_PASS_S:
-            break
-    return best
+    begin = clock()
+    _run(runner, items)
+    return clock() - begin
 
 
 def _run(runner: ModelRunner, items: SequenceOf[Scheduled]) -> None:

@@ -21,6 +21,10 @@ Ints = NDArray[np.int64]
 ROWS = np.array(BLOCK_SIZES, dtype=np.float64)
 # Tokens a pass, given E(b) tokens a round.
 PER_PASS = np.array([1.0] + [0.5] * (len(BLOCK_SIZES) - 1))
+FORBIDDEN = -1e9  # tokens of a size that is not allowed
+with np.errstate(divide="ignore"):
+    PER_ROW = np.where(ROWS[:, None] < ROWS, 1 / (ROWS - ROWS[:, None]), 0)  # [from, to]
+LARGER = np.where(ROWS[:, None] < ROWS, 0, -np.inf)  # a step leads to a larger size
 MAX_ENUMERATED = 4  # sequences whose combinations are all tried
 COMBINATIONS = {
     count: np.array(
@@ -110,20 +114,20 @@ class _Problem:
         """Size indices [num_candidates] of the best goodput; allowed is [num_candidates,
         num_sizes], with at least one True in a row.
         """
-        tokens = np.where(allowed, self.tokens, -np.inf)
+        tokens = np.where(allowed, self.tokens, FORBIDDEN)
         if len(tokens) <= MAX_ENUMERATED:
             combinations = COMBINATIONS[len(tokens)]
             total = tokens[self.indices, combinations].sum(axis=1)
             rows = ROWS[combinations].sum(axis=1)
             return np.asarray(combinations[self.goodput(total, rows).argmax()])
-        return self._best_of_many(tokens)
+        return self._best_of_many(tokens, allowed)
 
-    def _best_of_many(self, tokens: Floats) -> Ints:
+    def _best_of_many(self, tokens: Floats, allowed: NDArray[np.bool_]) -> Ints:
         """Greedy along every candidate's concave hull, best tokens per row first: exact for each
         number of rows that it passes, and one of many candidates is all that lies between two.
         Beside it, the same size for all: a governor should not lose to a fixed setting.
         """
-        start = np.isfinite(tokens).argmax(axis=1)
+        start = allowed.argmax(axis=1)
         gains, costs, owners, sizes = _hull_steps(tokens, start)
         order = np.argsort(-gains / costs, kind="stable")
         total = np.cumsum(np.append(tokens[self.indices, start].sum(), gains[order]))
@@ -135,7 +139,7 @@ class _Problem:
         chosen[owners[taken]] = sizes[taken]  # later steps of an owner are larger: the last holds
 
         # Where a size is not allowed, the largest one below it, or the smallest that is.
-        order_of = np.where(np.isfinite(tokens), np.arange(len(BLOCK_SIZES)), -1)
+        order_of = np.where(allowed, np.arange(len(BLOCK_SIZES)), -1)
         uniform = np.maximum(np.maximum.accumulate(order_of, axis=1), start[:, None])
         total = np.take_along_axis(tokens, uniform, axis=1).sum(axis=0)
         same = self.goodput(total, ROWS[uniform].sum(axis=0))
@@ -145,29 +149,25 @@ class _Problem:
 
 
 def _hull_steps(tokens: Floats, start: Ints) -> tuple[Floats, Floats, Ints, Ints]:
-    """Steps up the upper concave hulls: tokens gained, rows added, candidate, size reached."""
-    num_sizes = len(BLOCK_SIZES)
-    current = start.copy()
+    """Steps up the upper concave hulls: tokens gained, rows added, candidate, size reached. Those
+    of a candidate ascend.
+    """
+    # [num_candidates, from, to]
+    slopes = (tokens[:, None, :] - tokens[:, :, None]) * PER_ROW + LARGER
+    reached = slopes.argmax(axis=2)
+    rising = slopes.max(axis=2) > 0
     indices = np.arange(len(tokens))
-    parts = []
-    for _ in range(num_sizes - 1):
-        here = tokens[indices, current]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slopes = (tokens - here[:, None]) / (ROWS - ROWS[current][:, None])
-        slopes[np.arange(num_sizes) <= current[:, None]] = -np.inf
-        reached = slopes.argmax(axis=1)
-        rising = slopes[indices, reached] > 0
-        if not rising.any():
-            break
-        indices_up, reached_up = indices[rising], reached[rising]
-        gains = tokens[indices_up, reached_up] - here[rising]
-        parts.append((gains, ROWS[reached_up] - ROWS[current[rising]], indices_up, reached_up))
-        current = np.where(rising, reached, current)
-    if not parts:
-        empty = np.empty(0)
-        return empty, empty, empty.astype(np.int64), empty.astype(np.int64)
-    gains, costs, owners, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return gains, costs, owners, sizes
+    steps = np.zeros_like(rising)
+    steps[indices, start] = True
+    for size in range(len(BLOCK_SIZES) - 1):
+        steps[:, size] &= rising[:, size]
+        climbing = indices[steps[:, size]]
+        steps[climbing, reached[climbing, size]] = True
+    steps[:, -1] = False
+    owners, sizes = steps.nonzero()
+    goals = reached[owners, sizes]
+    gains = tokens[owners, goals] - tokens[owners, sizes]
+    return gains, ROWS[goals] - ROWS[sizes], owners, goals
 
 
 class Governor:
