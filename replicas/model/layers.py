@@ -109,6 +109,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.flip(2) * sin
 
 
+def input_major(in_features: int, out_features: int) -> nn.Linear:
+    """A Linear without bias whose weight [out_features, in_features] lies in memory input by input:
+    products with one or a few rows then stream it, about twice as fast on a CPU.
+    """
+    linear = nn.Linear(in_features, out_features, bias=False)
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    return linear
+
+
 class DraftAdapter(nn.Module):
     """The draft LoRA of one o_proj: a low-rank product that only DRAFT rows receive."""
 
@@ -132,7 +141,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads
         self.widths = [config.query_width, config.kv_width, config.kv_width]
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.qkv_proj = input_major(config.hidden_size, sum(self.widths))
         self.o_proj = nn.Linear(config.query_width, config.hidden_size, bias=False)
         self.draft_adapter: DraftAdapter | None = None
 
@@ -162,7 +171,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_up_proj = input_major(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size]

@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model.config import ModelConfig
-from trimode.replicas.model.layers import DecoderLayer, DraftAdapter, RMSNorm, RotaryEmbedding
+from trimode.replicas.model.layers import (
+    DecoderLayer,
+    DraftAdapter,
+    RMSNorm,
+    RotaryEmbedding,
+    input_major,
+)
 
 
 class Attend(Protocol):
@@ -43,7 +49,7 @@ class NemotronLabsDiffusionModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.diffusion_head = input_major(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
@@ -62,8 +68,7 @@ class NemotronLabsDiffusionModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] -> [num_rows, vocab_size], in the model's dtype."""
-        out: Tensor = self.diffusion_head(hidden)
-        return out
+        return functional.linear(hidden, self.diffusion_head.weight)
 
     def add_draft_adapter(self, rank: int, alpha: float) -> None:
         """Give every o_proj an (empty) draft adapter on the model's own device and dtype."""

@@ -208,3 +208,9 @@ def test_published_tensors_are_views_of_the_weights(tiny_config: ModelConfig) ->
 def test_a_model_without_adapter_publishes_none(tiny_config: ModelConfig) -> None:
     with pytest.raises(CheckpointError, match="no draft adapter"):
         NemotronLabsDiffusionModel(tiny_config).published_adapter_tensors()
+
+
+def test_the_large_weights_lie_input_by_input(model: NemotronLabsDiffusionModel) -> None:
+    layer = model.encoder.layers[0]
+    for linear in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj, model.diffusion_head):
+        assert linear.weight.t().is_contiguous()
