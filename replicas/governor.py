@@ -35,6 +35,7 @@ COMBINATIONS = {
     )
     for count in range(1, MAX_ENUMERATED + 1)
 }  # [num_combinations, count], fewest rows first: of equals the cheaper one wins
+COMBINATION_ROWS = {count: ROWS[sizes].sum(axis=1) for count, sizes in COMBINATIONS.items()}
 RATIO_DECAY = 0.98  # of measured over predicted seconds, a step
 # The engine's own acceptance outlives that of any sequence.
 ENGINE_DECAY, ENGINE_IDLE_DECAY = 0.998, 0.9995
@@ -118,7 +119,7 @@ class _Problem:
         if len(tokens) <= MAX_ENUMERATED:
             combinations = COMBINATIONS[len(tokens)]
             total = tokens[self.indices, combinations].sum(axis=1)
-            rows = ROWS[combinations].sum(axis=1)
+            rows = COMBINATION_ROWS[len(tokens)]
             return np.asarray(combinations[self.goodput(total, rows).argmax()])
         return self._best_of_many(tokens, allowed)
 
@@ -136,7 +137,7 @@ class _Problem:
         stop = int(greedy.argmax())
         chosen = start.copy()
         taken = order[:stop]
-        chosen[owners[taken]] = sizes[taken]  # later steps of an owner are larger: the last holds
+        np.maximum.at(chosen, owners[taken], sizes[taken])
 
         # Where a size is not allowed, the largest one below it, or the smallest that is.
         order_of = np.where(allowed, np.arange(len(BLOCK_SIZES)), -1)
@@ -155,8 +156,9 @@ def _hull_steps(tokens: Floats, start: Ints) -> tuple[Floats, Floats, Ints, Ints
     # [num_candidates, from, to]
     slopes = (tokens[:, None, :] - tokens[:, :, None]) * PER_ROW + LARGER
     reached = slopes.argmax(axis=2)
-    rising = slopes.max(axis=2) > 0
     indices = np.arange(len(tokens))
+    flat = slopes.reshape(-1, len(BLOCK_SIZES))  # gathering is quicker than another max
+    rising = (flat[np.arange(len(flat)), reached.ravel()] > 0).reshape(reached.shape)
     steps = np.zeros_like(rising)
     steps[indices, start] = True
     for size in range(len(BLOCK_SIZES) - 1):
@@ -226,7 +228,9 @@ class Governor:
         is_held: NDArray[np.bool_] = np.any(held, axis=1)
         if not (is_held & (best != held.argmax(axis=1))).any():
             return best
-        keep = problem.best(np.where(is_held[:, None], held, allowed))
+        keep = held.argmax(axis=1)
+        if not is_held.all():
+            keep = problem.best(np.where(is_held[:, None], held, allowed))
         before = problem.goodput_of(keep)
         if problem.goodput_of(best) > before * (1 + self._hysteresis):
             return best
