@@ -51,10 +51,12 @@ def _measure(folder: Path, dtype: str, console: Console) -> StepProfile:
 def _table(profile: StepProfile) -> Table:
     """Milliseconds at the shortest context: causal / draft."""
     context = profile.context_lens[0]
-    table = Table(title=f"ms a pass, causal / draft, {context} tokens of context each")
+    table = Table(
+        title=f"ms a pass: sequences x rows, causal / draft, {context} slots of context each"
+    )
     table.add_column("sequences", justify="right")
     for rows in profile.rows_per_sequence:
-        table.add_column(f"{rows} row{'s' if rows > 1 else ''} each", justify="right")
+        table.add_column(f"x {rows}", justify="right", no_wrap=True)
     for n, count in enumerate(profile.num_sequences):
         cells = [
             f"{1e3 * profile.causal_s[n][r][0]:.2f} / {1e3 * profile.draft_s[n][r][0]:.2f}"

@@ -165,9 +165,15 @@ def _run(runner: ModelRunner, items: SequenceOf[Scheduled]) -> None:
 
 
 def _prolonged(grid: Floats, rows: SequenceOf[int]) -> Grid:
-    """What was not measured, along the line through the last two points that were."""
+    """What was not measured, along the steeper of two lines: through the last two points that were
+    measured, which sees a knee, and through the first and the last, which survives noise.
+    """
     for r in range(2, len(rows)):
-        slope = (grid[:, r - 1] - grid[:, r - 2]) / (rows[r - 1] - rows[r - 2])
-        guess = grid[:, r - 1] + np.maximum(slope, 0) * (rows[r] - rows[r - 1])
+        last = grid[:, r - 1]
+        slope = np.fmax(
+            (last - grid[:, r - 2]) / (rows[r - 1] - rows[r - 2]),
+            (last - grid[:, 0]) / (rows[r - 1] - rows[0]),
+        )
+        guess = last + np.maximum(slope, 0) * (rows[r] - rows[r - 1])
         grid[:, r] = np.where(np.isnan(grid[:, r]), guess, grid[:, r])
     return tuple(tuple(tuple(line) for line in plane) for plane in grid.tolist())
