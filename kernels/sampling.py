@@ -73,9 +73,9 @@ class Sampled:
 def sample_reference(logits: Tensor, inputs: SamplingInputs) -> Sampled:
     """logits [num_answers, vocab_size], changed in place -> Sampled.
 
-    id = argmax(logits + T * gumbel(seed, position, sample, id)), a draw from softmax(logits / T), and
-    plain argmax at T = 0. Confidence is softmax(edited logits / confidence temperature) at the id.
-    Log-probabilities are the model's own. The mask id is never an answer.
+    id = argmax(logits + T * gumbel(seed, position, sample, id)) draws from softmax(logits / T); at
+    T = 0 it is plain argmax. Confidence is softmax(edited logits / confidence temperature) at the
+    id. Log-probabilities are the model's own. The mask id is never an answer.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide[:, inputs.mask_id] = -torch.inf

@@ -7,11 +7,12 @@ from typing import Protocol
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES, Registry
-from trimode.replicas.decoding.strategy import DecodingContext, Stage
+from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Stage
 from trimode.replicas.errors import InvalidRequest, RequestError
+from trimode.replicas.governor import Governor
 from trimode.replicas.model_runner import ModelRunner
 from trimode.replicas.prefix_cache import KVEvent
-from trimode.replicas.scheduler import Scheduler
+from trimode.replicas.scheduler import Scheduled, Scheduler
 from trimode.replicas.sequence import GrammarState, Sequence, StopScanner
 from trimode.replicas.types import Chunk, EngineLoad, Grammar, Mode, ModelInfo, Request
 
@@ -44,6 +45,7 @@ class Engine:
         *,
         modes: Registry = ALL_MODES,
         language: Language | None = None,
+        governor: Governor | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -52,8 +54,9 @@ class Engine:
         self._modes = modes
         self._clock = clock
         self._on_step = on_step
-        self._scheduler = Scheduler(config, clock)
+        self._scheduler = Scheduler(config, clock, governor=governor)
         self._language = language
+        self._governor = governor
         self._sequences: dict[
             str, list[Sequence]
         ] = {}  # the samples of each request that still run
@@ -94,7 +97,11 @@ class Engine:
         chunks = self._scheduler.expire()
         scheduled = self._scheduler.schedule()
         if scheduled:
-            chunks += self._scheduler.update(scheduled, self._runner.run(scheduled))
+            launched = self._clock()
+            answers = self._runner.run(scheduled)
+            if self._governor is not None:
+                _observe(self._governor, scheduled, self._clock() - launched)
+            chunks += self._scheduler.update(scheduled, answers)
         if scheduled and self._on_step is not None:
             stages = tuple(
                 (item.sequence.request.request_id, item.query.stage, len(item.query.token_ids))
@@ -178,3 +185,15 @@ class Engine:
         if request.block_size is not None and request.block_size > limit:
             raise InvalidRequest("block_size", f"at most {limit} here, is {request.block_size}")
         return 1 if request.mode is Mode.AUTOREGRESSIVE else request.block_size or limit
+
+
+def _observe(governor: Governor, scheduled: list[Scheduled], seconds: float) -> None:
+    """Tell the governor what a pass of this shape took."""
+    queries = [item.query for item in scheduled]
+    governor.observe_step(
+        num_rows=sum(len(query.token_ids) for query in queries),
+        num_sequences=len(queries),
+        context_tokens=sum(query.start + len(query.token_ids) for query in queries),
+        drafts=any(query.kind is PassKind.DRAFT for query in queries),
+        seconds=seconds,
+    )

@@ -34,7 +34,7 @@ class _Stop:
 
 
 class _Mailbox:
-    """Where one request's chunks arrive. Bounded by n * max_tokens: no chunk is empty but a last."""
+    """Where one request's chunks arrive. Bounded by n * max_tokens: only a last one is empty."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples  # that have not finished

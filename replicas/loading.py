@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from trimode.replicas.calibration import measure
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.errors import CheckpointError
+from trimode.replicas.governor import Governor
 from trimode.replicas.language import Language
 from trimode.replicas.model.weights import Progress, load_model
 from trimode.replicas.model_runner import TorchModelRunner
+from trimode.replicas.step_profile import StepProfile
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -24,20 +27,29 @@ def build_engine(
     *,
     dtype: str = "auto",
     adapter: bool = True,
+    governed: bool = False,
+    profile: Path | None = None,
     progress: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
     """Load a checkpoint onto the GPU where there is one, else the CPU.
 
     dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
-    Raises CheckpointError.
+    governed: a governor picks the block sizes that requests leave open, by the step-time profile in
+    the file given, or else by one that is measured now, which takes seconds. Raises CheckpointError
+    and ConfigError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
     runner = TorchModelRunner(model, config)
-    return Engine(runner, config, language=Language.load(folder), on_step=on_step)
+    governor = None
+    if governed and config.max_block_size > 1:
+        measured = measure(runner, config) if profile is None else StepProfile.load(profile)
+        governor = Governor(measured, config.max_block_size)
+    language = Language.load(folder)
+    return Engine(runner, config, language=language, governor=governor, on_step=on_step)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Page hashes: chained xxh3 over the token ids of full pages, so that one number names a prefix.
 
-A hash finds a page, it never proves one: whoever serves a page compares its token ids and salt, too.
+A hash finds a page, it never proves one: who serves a page compares its token ids and salt, too.
 """
 
 from collections.abc import Sequence

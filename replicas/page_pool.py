@@ -10,8 +10,8 @@ from trimode.replicas.prefix_cache import CachedPage, PrefixCache
 
 
 class PagePool:
-    """Free list and reference counts. A page with users is theirs; one without is free, and while the
-    prefix cache knows it, it is handed out last.
+    """Free list and reference counts. A page with users is theirs; one without is free, and while
+    the prefix cache knows it, it is handed out last.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -70,8 +70,8 @@ class PagePool:
     ) -> tuple[int, int]:
         """Make a full page of final, causal KV known; returns (page, page hash) to use from now on.
 
-        Where the cache has the same text already, that page is shared and the given one freed, so that
-        users of a page always use its cached ancestors, too.
+        Where the cache has the same text already, that page is shared and the given one freed, so
+        that users of a page always use its cached ancestors, too.
         """
         name = page_hash(parent, token_ids)
         known = self.cache.find(name, parent, salt, token_ids)
@@ -84,7 +84,7 @@ class PagePool:
         return known, name
 
     def free(self, pages: Sequence[int]) -> None:
-        """Give pages back, a page table in its own order. Raises TrimodeError where one has no user."""
+        """Give back a page table, in its order. Raises TrimodeError where a page has no user."""
         for page in reversed(pages):  # leaves first
             if self._users[page] == 0:
                 raise TrimodeError(f"page {page} was freed twice")

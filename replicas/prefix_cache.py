@@ -1,8 +1,8 @@
 """PrefixCache: which full pages hold the KV of which text, and which of them may be evicted.
 
-A tree of pages by chained hash. A page that a sequence uses keeps its ancestors in use, and pages are
-given back leaf first, so the oldest idle page never has a cached child: evicting in that order leaves
-every cached prefix whole.
+A tree of pages by chained hash. A page that a sequence uses keeps its ancestors in use, and pages
+are given back leaf first, so the oldest idle page never has a cached child: evicting in that order
+leaves every cached prefix whole.
 """
 
 from collections import OrderedDict, deque

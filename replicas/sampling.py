@@ -1,8 +1,8 @@
 """What the requests of a pass ask of its answers, as tensors: the host side of kernels/sampling.py.
 
 Rows of requests that ask for nothing special cost nothing here. What depends on the text before a
-token (penalties, min_tokens, the thinking budget, grammars) is computed for the prefix that each row
-really has: a verify row's prefix holds the drafts before it. Rows of a block pass predict many
+token (penalties, min_tokens, the thinking budget, grammars) is computed for the prefix that each
+row really has: a verify row's prefix holds the drafts before it. Rows of a block pass predict many
 positions at once and know only what is committed; the thinking budget also counts what its block
 already holds.
 """
@@ -196,8 +196,8 @@ def _summed(
 
 
 def ends_thinking(prefix: SequenceOf[int], budget: int, start_id: int, end_id: int) -> bool:
-    """Whether the token after prefix must end the thinking: its start lies exactly budget tokens back
-    and neither a start nor an end has come since.
+    """Whether the token after prefix must end the thinking: its start lies exactly budget tokens
+    back and neither a start nor an end has come since.
     """
     opened = len(prefix) - 1 - budget
     if opened < 0 or prefix[opened] != start_id:

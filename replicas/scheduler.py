@@ -4,10 +4,10 @@ Sequences of any mode in any stage share a pass. Decoding comes first, in turn, 
 of the token budget to prefill while prefill has work; prefill takes what is left, oldest first, in
 chunks. Neither can starve the other, and nobody waits for anybody's round to end.
 
-A sequence gets pages for its prefill when it is admitted and one more whenever it needs one. Where none
-is left, the youngest sequence of the lowest class gives its pages back and later computes its KV anew;
-its strategy keeps its state, so nothing that was decoded changes. The oldest of the highest class is
-never the victim of another, so somebody always gets on.
+A sequence gets pages for its prefill when it is admitted and one more whenever it needs one. Where
+none is left, the youngest sequence of the lowest class gives its pages back and later computes its
+KV anew; its strategy keeps its state, so nothing that was decoded changes. The oldest of the
+highest class is never the victim of another, so somebody always gets on.
 """
 
 from bisect import insort
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.strategy import Outcome, PassKind, Position, Query, Stage
 from trimode.replicas.errors import InvalidRequest, Overloaded
+from trimode.replicas.governor import Candidate, Companions, Governor
 from trimode.replicas.page_hash import root_hash
 from trimode.replicas.page_pool import PagePool
 from trimode.replicas.prefix_cache import KVEvent
@@ -47,10 +48,15 @@ class Scheduler:
     """Owns every Sequence and the page pool."""
 
     def __init__(
-        self, config: EngineConfig, clock: Callable[[], float], revision: str = ""
+        self,
+        config: EngineConfig,
+        clock: Callable[[], float],
+        revision: str = "",
+        governor: Governor | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
+        self._governor = governor
         self._revision = revision  # of the model; pages of different ones are never confused
         self._pool = PagePool(config.num_pages, config.page_size)
         self._waiting: list[Sequence] = []  # by rank
@@ -154,6 +160,7 @@ class Scheduler:
             sequence.num_committed += outcome.num_committed
             if outcome.accepted is not None:
                 sequence.accepted.append(outcome.accepted)
+                self._learn(sequence, outcome.accepted)
             taken = sequence.append(list(outcome.emitted))
             self._publish(sequence)
             if not taken:
@@ -239,13 +246,19 @@ class Scheduler:
         insort(self._waiting, sequence, key=_rank)
 
     def _decode_queries(self) -> dict[Sequence, Query]:
-        """What each decoding sequence wants, with the pages for it; who lost its own is not in it."""
+        """What each decoding sequence wants, with its pages; who lost its own is left out."""
+        if self._governor is not None:
+            _govern(self._governor, self._running)
         queries: dict[Sequence, Query] = {}
         for sequence in list(self._running):
             if sequence.is_prefilling or not sequence.page_table:
                 continue
             query = sequence.strategy.next_query(
-                Position(sequence.token_ids[sequence.num_committed], sequence.num_committed)
+                Position(
+                    sequence.token_ids[sequence.num_committed],
+                    sequence.num_committed,
+                    sequence.block_size,
+                )
             )
             queries[sequence] = query
             needed = self._pool.pages_for(query.start + len(query.token_ids))
@@ -274,6 +287,11 @@ class Scheduler:
             self._running = skipped + [s for s in self._running if s not in late]
         return scheduled, budget
 
+    def _learn(self, sequence: Sequence, accepted: int) -> None:
+        if self._governor is not None and sequence.acceptance is not None:
+            assert sequence.block_size is not None, "a round without a size"
+            self._governor.observe(sequence.acceptance, sequence.block_size, accepted)
+
     def _publish(self, sequence: Sequence) -> None:
         """Make the pages that are full of final KV known to the prefix cache."""
         if not self._config.prefix_cache:
@@ -300,8 +318,46 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.request.priority, sequence.order
 
 
+def _govern(governor: Governor, running: list[Sequence]) -> None:
+    """Give every governed sequence that starts a round its block size."""
+    decoding = [s for s in running if not s.is_prefilling]
+    starting = []
+    for sequence in decoding:
+        if not (sequence.strategy.starts_round and sequence.is_governed):
+            continue
+        if sequence.acceptance is None:
+            sequence.acceptance = governor.new_acceptance()
+        starting.append(sequence)
+    if not starting:
+        return
+    begun = set(starting)
+    others = [s for s in decoding if s not in begun]
+    plain = [s for s in others if s.rows == 1]
+    blocks = [s for s in others if s.rows > 1]
+    prefilling = [s for s in running if s.is_prefilling]
+    companions = Companions(
+        autoregressive=len(plain),
+        block_sequences=len(blocks),
+        block_rows=sum(s.rows for s in blocks),
+        block_tokens=sum(s.expected_tokens for s in blocks),
+        prefill_sequences=len(prefilling),
+        prefill_rows=sum(s.prefill_end - s.num_committed for s in prefilling),
+        context_tokens=sum(s.num_committed for s in running)
+        - sum(s.num_committed for s in starting),
+    )
+    candidates = [
+        Candidate(
+            s.acceptance, s.block_size or 0,
+            s.request.max_tokens - s.num_output_tokens, s.num_committed,
+        )
+        for s in starting if s.acceptance is not None
+    ]  # fmt: skip
+    for sequence, size in zip(starting, governor.choose(candidates, companions), strict=True):
+        sequence.block_size = size
+
+
 def _prefill_query(sequence: Sequence, budget: int) -> Query:
-    """The next chunk of the prefill; the answer to a prompt's last token is the first output token."""
+    """The next chunk of the prefill; a prompt's last token answers the first output token."""
     start = sequence.num_committed
     end = min(sequence.prefill_end, start + budget)
     first = sequence.num_output_tokens == 0  # else it only restores what a preemption took

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trimode.replicas.acceptance import Acceptance
 from trimode.replicas.decoding.strategy import Strategy
 from trimode.replicas.types import Finish, FinishReason, Request, Timings
 
@@ -45,6 +46,8 @@ class Sequence:
     sample_index: int = 0  # below the request's n
     grammar: GrammarState | None = None
     stop_scanner: StopScanner | None = None
+    acceptance: Acceptance | None = None  # where the governor picks its block sizes
+    block_size: int | None = None  # of its present or last round, by the governor
     max_block_size: int = 1  # slots that one of its queries may need after the prefill
     page_table: list[int] = field(default_factory=list)
     page_hashes: list[int] = field(default_factory=list)  # of its published pages, root first
@@ -79,6 +82,23 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_committed < self.prefill_end
+
+    @property
+    def is_governed(self) -> bool:
+        """Whether the governor may pick its block sizes."""
+        return self.request.governed and self.request.block_size is None
+
+    @property
+    def rows(self) -> int:
+        """Query tokens that it brings to a pass, about."""
+        return self.block_size or self.max_block_size
+
+    @property
+    def expected_tokens(self) -> float:
+        """Tokens that it keeps a pass, about: half a round's, or one where nothing is known."""
+        if self.acceptance is None or self.rows == 1:
+            return 1.0
+        return self.acceptance.expected(self.rows) / 2
 
     @property
     def deadline(self) -> float:

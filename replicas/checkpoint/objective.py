@@ -14,8 +14,8 @@ from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, dense
 
 DIFFUSION_WEIGHT = 0.3  # alpha of equation 3; the AR loss has weight 1
 MASK_EPSILON = 1e-3
-# Our addition to the paper's random masks: this share of the sequences is masked as a draft pass has
-# it, one known token a block and nothing but masks behind it. An accepted draft needs all drafts
+# Our addition to the paper's random masks: this share of the sequences is masked as a draft pass
+# has it, one known token a block and only masks behind it. An accepted draft needs all drafts
 # before it to be right, so there a token's weight falls with its distance from the known one.
 DRAFT_SHARE = 0.5
 DRAFT_DECAY = 0.9

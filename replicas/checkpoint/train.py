@@ -279,16 +279,15 @@ def own_text(corpora: list[corpus.Corpus], work: Path, size: int) -> Tensor:
         rows = [prompt.tolist() for prompt in prompts]
         for index, row in enumerate(rows):
             temperature = OWN_TEXT_TEMPERATURES[index % len(OWN_TEXT_TEMPERATURES)]
-            engine.add(
-                Request(
-                    str(index),
-                    tuple(row),
-                    Mode.AUTOREGRESSIVE,
-                    PROMPT_LEN,
-                    temperature=temperature,
-                    seed=index,
-                )  # fmt: skip
+            request = Request(
+                str(index),
+                tuple(row),
+                Mode.AUTOREGRESSIVE,
+                PROMPT_LEN,
+                temperature=temperature,
+                seed=index,
             )
+            engine.add(request)
         with Progress() as progress:
             task = progress.add_task("writing its own text", total=size)
             while engine.has_work:

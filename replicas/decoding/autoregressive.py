@@ -19,6 +19,10 @@ class Autoregressive:
     def __init__(self, context: DecodingContext) -> None:
         pass
 
+    @property
+    def starts_round(self) -> bool:
+        return False
+
     def next_query(self, position: Position) -> Query:
         return Query(
             Stage.DECODE, PassKind.CAUSAL, (position.known_id,), position.start, answers=(0,)

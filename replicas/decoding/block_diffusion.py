@@ -2,8 +2,9 @@
 (model.md 5.2).
 
 At temperature 0 every denoise pass takes the arg max, above it the position-keyed noise decides;
-either way the confidence is the model's at temperature 1, after penalties, bias and forced ids. Unlike self-speculation nothing is
-verified: the text is not what AR would write.
+either way the confidence is the model's at temperature 1, after penalties, bias and forced ids.
+Penalties count the tokens before the block. Unlike self-speculation nothing is verified: the text
+is not what AR would write.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -33,6 +34,10 @@ class BlockDiffusion:
         threshold = context.request.threshold
         self._threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self._block: Block | None = None
+
+    @property
+    def starts_round(self) -> bool:
+        return False
 
     def next_query(self, position: Position) -> Query:
         if self._block is None:

@@ -35,11 +35,14 @@ class SelfSpeculation:
         self._draft_kind = PassKind.DRAFT if request.use_adapter else PassKind.DENOISE
         self._block: Block | None = None
 
+    @property
+    def starts_round(self) -> bool:
+        return self._block is None
+
     def next_query(self, position: Position) -> Query:
         if self._block is None:
-            self._block = Block(
-                position.known_id, position.start, self._context.block_size, self._context.mask_id
-            )
+            size = position.block_size or self._context.block_size
+            self._block = Block(position.known_id, position.start, size, self._context.mask_id)
         block = self._block
         if block.masked:
             return Query(
@@ -48,9 +51,8 @@ class SelfSpeculation:
                 confidence_temperature=self._context.request.temperature or 1.0,
             )  # fmt: skip
         everything = range(len(block.token_ids))
-        return Query(
-            Stage.VERIFY, PassKind.CAUSAL, block.token_ids, block.start, answers=everything
-        )
+        stage = Stage.VERIFY if len(everything) > 1 else Stage.DECODE
+        return Query(stage, PassKind.CAUSAL, block.token_ids, block.start, answers=everything)
 
     def accept(
         self,

@@ -66,6 +66,7 @@ class Position:
 
     known_id: int
     start: int  # = num_committed: the known token's position
+    block_size: int | None = None  # of a round that begins here, by the governor; None: its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,11 @@ class DecodingContext:
 
 class Strategy(Protocol):
     """One sequence's decoding after its prefill."""
+
+    @property
+    def starts_round(self) -> bool:
+        """Whether its next query begins a round whose block size may be chosen."""
+        ...
 
     def next_query(self, position: Position) -> Query:
         """The pass this sequence needs next. Asking twice before accept() gives the same."""

@@ -4,7 +4,7 @@ from trimode.replicas.config import EngineConfig
 from trimode.replicas.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", [name for name in EngineConfig.__slots__ if name != "prefix_cache"])
+@pytest.mark.parametrize("name", sorted({*EngineConfig.__slots__} - {"prefix_cache"}))
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_setting_below_1_is_refused_by_name(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"engine\.{name} must be at least 1, is {value}"):

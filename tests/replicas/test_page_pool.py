@@ -11,8 +11,8 @@ NUM_PAGES = 12
 
 
 class PagePoolMachine(RuleBasedStateMachine):
-    """Owners come, publish what they wrote, share what is cached, and go; after every operation each
-    page is free, cached or used as often as it should be, and evictable leaves first.
+    """Owners come, publish what they wrote, share what is cached, and go; after every operation
+    each page is free, cached or used as often as it should be, and evictable leaves first.
     """
 
     def __init__(self) -> None:

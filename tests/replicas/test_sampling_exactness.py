@@ -1,4 +1,4 @@
-"""Whatever a request asks of its sampling: the same seed gives the same ids in every mode and company.
+"""Whatever a request asks of its sampling, the same seed gives the same ids in every company.
 
 In float64, where the arithmetic is batch-invariant for all that matters.
 """
@@ -86,7 +86,7 @@ def test_self_speculation_equals_autoregressive_for_any_parameters_in_any_compan
             f"r{i}",
             block_size=block_size,
             **fields,
-        )  # fmt: skip
+        )
         for i, (fields, num_prompt, max_tokens, block_size) in enumerate(asked)
     ]
     # Pages for one or two of the largest: the others are preempted, or wait.

@@ -86,7 +86,7 @@ def test_confidences_of_drafts_are_read_at_the_requests_temperature(
 def test_a_block_of_1_is_autoregressive(make_context: Any) -> None:
     strategy = SelfSpeculation(make_context(block_size=1))
     query = strategy.next_query(HERE)
-    assert (query.stage, list(query.token_ids)) == (Stage.VERIFY, [20])
+    assert (query.stage, list(query.token_ids)) == (Stage.DECODE, [20])
     assert strategy.accept([50], []) == Outcome(emitted=[50], num_committed=1, accepted=1)
 
 
