@@ -163,6 +163,7 @@ def _finish(message: pb.Finish) -> Finish:
         forwards=message.forwards,
         accepted=tuple(message.accepted),
         timings=Timings(timings.queue_seconds, timings.first_token_seconds, timings.total_seconds),
+        cached_tokens=message.usage.cached_tokens,
     )
 
 

@@ -4,11 +4,12 @@ knows both.
 
 import secrets
 from dataclasses import dataclass
+from typing import Literal
 
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
-from trimode.replicas.types import MAX_SEED, Chunk, Finish, FinishReason, Mode, Request
+from trimode.replicas.types import MAX_SEED, Chunk, Finish, FinishReason, Mode, Priority, Request
 
 MAX_REQUEST_ID_LEN = 128
 
@@ -24,6 +25,12 @@ FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+PRIORITIES: dict[pb.Priority, Priority] = {
+    pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_BATCH: Priority.BATCH,
 }
 
 
@@ -53,6 +60,9 @@ def to_request(
     mode = MODES.get(message.mode)
     if mode is None:
         raise InvalidRequest("mode", f"{message.mode} is not a value of trimode.v1.Mode")
+    priority = PRIORITIES.get(message.priority)
+    if priority is None:
+        raise InvalidRequest("priority", f"{message.priority} is not a trimode.v1.Priority")
     sampling, stop = message.sampling, message.stop
     return Request(
         request_id=_request_id(message.request_id),
@@ -61,14 +71,32 @@ def to_request(
         max_tokens=(
             stop.max_tokens if stop.HasField("max_tokens") else min(defaults.max_tokens, room)
         ),
+        repetition_penalty=_or(sampling, "repetition_penalty", 1.0),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
         temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=_or(sampling, "top_p", 1.0),
+        min_p=sampling.min_p,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbelow(MAX_SEED),
         stop_ids=tuple(stop.stop_token_ids),
+        min_tokens=stop.min_tokens,
+        ignore_eos=stop.ignore_eos,
         block_size=message.block_size if message.HasField("block_size") else None,
         threshold=message.threshold if message.HasField("threshold") else None,
         use_adapter=message.use_draft_adapter if message.HasField("use_draft_adapter") else True,
+        governed=message.governed if message.HasField("governed") else True,
+        priority=priority,
         timeout_s=timeout_s,
     )
+
+
+def _or(
+    sampling: pb.Sampling, field: Literal["repetition_penalty", "top_p"], unset: float
+) -> float:
+    value: float = getattr(sampling, field)
+    return value if sampling.HasField(field) else unset
 
 
 def to_response(request: Request, chunk: Chunk, text: str) -> pb.GenerateResponse:
@@ -90,7 +118,9 @@ def _finish(request: Request, finish: Finish) -> pb.Finish:
     return pb.Finish(
         reason=FINISH_REASONS[finish.reason],
         usage=pb.Usage(
-            prompt_tokens=finish.prompt_tokens, completion_tokens=finish.completion_tokens
+            prompt_tokens=finish.prompt_tokens,
+            completion_tokens=finish.completion_tokens,
+            cached_tokens=finish.cached_tokens,
         ),
         forwards=finish.forwards,
         accepted=finish.accepted,

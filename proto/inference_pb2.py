@@ -24,39 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrimode/proto/inference.proto\x12\ntrimode.v1\"\xe0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trimode.v1.TokenIdsH\x00\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.trimode.v1.Mode\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.trimode.v1.Sampling\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x1a.trimode.v1.StopConditions\x12\x17\n\nblock_size\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x16\n\tthreshold\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11use_draft_adapter\x18\t \x01(\x08H\x03\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_block_sizeB\x0c\n\n_thresholdB\x14\n\x12_use_draft_adapter\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"P\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x07\n\x05_seed\"P\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\rB\r\n\x0b_max_tokens\"\x9b\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.trimode.v1.Mode\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.trimode.v1.FinishH\x00\x88\x01\x01\x42\t\n\x07_finish\"\xc4\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.trimode.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.trimode.v1.Usage\x12\x10\n\x08\x66orwards\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.trimode.v1.Timings\x12\x0c\n\x04pool\x18\x06 \x01(\t\x12\x16\n\x0erouting_reason\x18\x07 \x01(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"T\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetModelRequest\"\xd7\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x05 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x19\n\x11has_draft_adapter\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x1f\n\x05pools\x18\t \x03(\x0b\x32\x10.trimode.v1.Pool\"\xbc\x01\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04mode\x18\x02 \x01(\x0e\x32\x10.trimode.v1.Mode\x12\x16\n\x0emax_block_size\x18\x03 \x01(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x12\n\nfree_pages\x18\x08 \x01(\r\x12\x13\n\x0btotal_pages\x18\t \x01(\r*y\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x17\n\x13MODE_AUTOREGRESSIVE\x10\x02\x12\x18\n\x14MODE_BLOCK_DIFFUSION\x10\x03\x12\x19\n\x15MODE_SELF_SPECULATION\x10\x04*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xa2\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.trimode.v1.GenerateRequest\x1a\x1c.trimode.v1.GenerateResponse0\x01\x12\x45\n\x08GetModel\x12\x1b.trimode.v1.GetModelRequest\x1a\x1c.trimode.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrimode/proto/inference.proto\x12\ntrimode.v1\"\xac\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.trimode.v1.TokenIdsH\x00\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.trimode.v1.Mode\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.trimode.v1.Sampling\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x1a.trimode.v1.StopConditions\x12\x17\n\nblock_size\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x16\n\tthreshold\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11use_draft_adapter\x18\t \x01(\x08H\x03\x88\x01\x01\x12&\n\x08priority\x18\n \x01(\x0e\x32\x14.trimode.v1.Priority\x12\x15\n\x08governed\x18\x0b \x01(\x08H\x04\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_block_sizeB\x0c\n\n_thresholdB\x14\n\x12_use_draft_adapterB\x0b\n\t_governed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb7\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.trimode.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xa0\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x17\n\nmin_tokens\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"\x9b\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.trimode.v1.Mode\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.trimode.v1.FinishH\x00\x88\x01\x01\x42\t\n\x07_finish\"\xc4\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.trimode.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.trimode.v1.Usage\x12\x10\n\x08\x66orwards\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.trimode.v1.Timings\x12\x0c\n\x04pool\x18\x06 \x01(\t\x12\x16\n\x0erouting_reason\x18\x07 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"T\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetModelRequest\"\xd7\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x05 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x19\n\x11has_draft_adapter\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x1f\n\x05pools\x18\t \x03(\x0b\x32\x10.trimode.v1.Pool\"\xbc\x01\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04mode\x18\x02 \x01(\x0e\x32\x10.trimode.v1.Mode\x12\x16\n\x0emax_block_size\x18\x03 \x01(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x12\n\nfree_pages\x18\x08 \x01(\r\x12\x13\n\x0btotal_pages\x18\t \x01(\r*y\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x17\n\x13MODE_AUTOREGRESSIVE\x10\x02\x12\x18\n\x14MODE_BLOCK_DIFFUSION\x10\x03\x12\x19\n\x15MODE_SELF_SPECULATION\x10\x04*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x32\xa2\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.trimode.v1.GenerateRequest\x1a\x1c.trimode.v1.GenerateResponse0\x01\x12\x45\n\x08GetModel\x12\x1b.trimode.v1.GetModelRequest\x1a\x1c.trimode.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trimode.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1519
-  _globals['_MODE']._serialized_end=1640
-  _globals['_FINISHREASON']._serialized_start=1642
-  _globals['_FINISHREASON']._serialized_end=1764
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_MODE']._serialized_start=2059
+  _globals['_MODE']._serialized_end=2180
+  _globals['_FINISHREASON']._serialized_start=2183
+  _globals['_FINISHREASON']._serialized_end=2333
+  _globals['_PRIORITY']._serialized_start=2335
+  _globals['_PRIORITY']._serialized_end=2417
   _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=398
-  _globals['_TOKENIDS']._serialized_start=400
-  _globals['_TOKENIDS']._serialized_end=423
-  _globals['_SAMPLING']._serialized_start=425
-  _globals['_SAMPLING']._serialized_end=505
-  _globals['_STOPCONDITIONS']._serialized_start=507
-  _globals['_STOPCONDITIONS']._serialized_end=587
-  _globals['_GENERATERESPONSE']._serialized_start=590
-  _globals['_GENERATERESPONSE']._serialized_end=745
-  _globals['_FINISH']._serialized_start=748
-  _globals['_FINISH']._serialized_end=944
-  _globals['_USAGE']._serialized_start=946
-  _globals['_USAGE']._serialized_end=1003
-  _globals['_TIMINGS']._serialized_start=1005
-  _globals['_TIMINGS']._serialized_end=1089
-  _globals['_GETMODELREQUEST']._serialized_start=1091
-  _globals['_GETMODELREQUEST']._serialized_end=1108
-  _globals['_GETMODELRESPONSE']._serialized_start=1111
-  _globals['_GETMODELRESPONSE']._serialized_end=1326
-  _globals['_POOL']._serialized_start=1329
-  _globals['_POOL']._serialized_end=1517
-  _globals['_INFERENCESERVICE']._serialized_start=1767
-  _globals['_INFERENCESERVICE']._serialized_end=1929
+  _globals['_GENERATEREQUEST']._serialized_end=474
+  _globals['_TOKENIDS']._serialized_start=476
+  _globals['_TOKENIDS']._serialized_end=499
+  _globals['_SAMPLING']._serialized_start=502
+  _globals['_SAMPLING']._serialized_end=941
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=772
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=820
+  _globals['_STOPCONDITIONS']._serialized_start=944
+  _globals['_STOPCONDITIONS']._serialized_end=1104
+  _globals['_GENERATERESPONSE']._serialized_start=1107
+  _globals['_GENERATERESPONSE']._serialized_end=1262
+  _globals['_FINISH']._serialized_start=1265
+  _globals['_FINISH']._serialized_end=1461
+  _globals['_USAGE']._serialized_start=1463
+  _globals['_USAGE']._serialized_end=1543
+  _globals['_TIMINGS']._serialized_start=1545
+  _globals['_TIMINGS']._serialized_end=1629
+  _globals['_GETMODELREQUEST']._serialized_start=1631
+  _globals['_GETMODELREQUEST']._serialized_end=1648
+  _globals['_GETMODELRESPONSE']._serialized_start=1651
+  _globals['_GETMODELRESPONSE']._serialized_end=1866
+  _globals['_POOL']._serialized_start=1869
+  _globals['_POOL']._serialized_end=2057
+  _globals['_INFERENCESERVICE']._serialized_start=2420
+  _globals['_INFERENCESERVICE']._serialized_end=2582
 # @@protoc_insertion_point(module_scope)

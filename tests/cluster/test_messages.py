@@ -4,10 +4,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimode.cluster.messages import Defaults, to_request, to_response
+from trimode.cluster.messages import FINISH_REASONS, Defaults, to_request, to_response
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
-from trimode.replicas.types import Chunk, Finish, FinishReason, Mode, Ranking, Request, Timings
+from trimode.replicas.types import (
+    Chunk,
+    Finish,
+    FinishReason,
+    Mode,
+    Priority,
+    Ranking,
+    Request,
+    Timings,
+)
 
 DEFAULTS = Defaults(max_tokens=256, max_positions=1024)
 IDS = pb.TokenIds(ids=[5, 6])
@@ -101,3 +110,41 @@ def test_the_last_message_carries_the_account() -> None:
 def test_a_message_in_between_has_no_finish() -> None:
     request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8)
     assert not to_response(request, Chunk((7,)), "t").HasField("finish")
+
+
+def test_every_finish_reason_has_a_message() -> None:
+    assert set(FINISH_REASONS) == set(FinishReason)
+
+
+def test_sampling_fields_arrive_in_the_request() -> None:
+    sampling = pb.Sampling(
+        top_k=4, top_p=0.5, min_p=0.25, repetition_penalty=1.5, presence_penalty=0.5,
+        frequency_penalty=-1.0, logit_bias={9: 2.0, 3: -1.0},
+    )  # fmt: skip
+    request = convert(pb.GenerateRequest(token_ids=IDS, sampling=sampling))
+    assert (request.top_k, request.top_p, request.min_p) == (4, 0.5, 0.25)
+    assert request.repetition_penalty == 1.5
+    assert (request.presence_penalty, request.frequency_penalty) == (0.5, -1.0)
+    assert request.logit_bias == ((3, -1.0), (9, 2.0))
+
+
+def test_unset_sampling_fields_choose_nothing() -> None:
+    request = convert(pb.GenerateRequest(token_ids=IDS))
+    assert (request.top_k, request.top_p, request.min_p) == (0, 1.0, 0.0)
+    assert not request.has_penalties
+    assert (request.priority, request.governed) == (Priority.INTERACTIVE, True)
+
+
+def test_stops_priority_and_governor_arrive_in_the_request() -> None:
+    stop = pb.StopConditions(max_tokens=9, min_tokens=3, ignore_eos=True)
+    message = pb.GenerateRequest(
+        token_ids=IDS, stop=stop, priority=pb.PRIORITY_BATCH, governed=False
+    )
+    request = convert(message)
+    assert (request.min_tokens, request.ignore_eos) == (3, True)
+    assert (request.priority, request.governed) == (Priority.BATCH, False)
+
+
+def test_an_unknown_priority_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"^priority: "):
+        convert(pb.GenerateRequest(token_ids=IDS, priority=99))
