@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 50051
 BIN := .venv/bin
 
-.PHONY: serve test test-slow check format proto clean
+.PHONY: serve test test-slow bench check format proto clean
 
 serve: .venv/serve.stamp ## a local cluster of the bundled checkpoint; ^C stops it
 	@$(BIN)/trimode serve --port $(PORT)
@@ -13,6 +13,9 @@ test: .venv/dev.stamp ## everything that needs no system package, no GPU and no 
 
 test-slow: .venv/dev.stamp ## soaks, long fuzzing, containers
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+bench: .venv/serve.stamp ## every mode at every load, on the bundled checkpoint: bench.json and bench.png
+	$(BIN)/trimode bench
 
 check: .venv/dev.stamp ## formatter, linter, type checker, proto lint
 	$(BIN)/ruff format --check .

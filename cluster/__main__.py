@@ -96,6 +96,58 @@ def calibrate(
     command.run(model, dtype, out)
 
 
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or .jsonl. Default: built in.")
+    ] = None,
+    settings: Annotated[
+        str, typer.Option(help="Which curves.")
+    ] = "ar,diffusion,speculation-4,speculation-8,speculation-16,speculation-32,governor",
+    concurrency: Annotated[str, typer.Option(help="Closed loop: users at once.")] = "1,2,4,8,16,32",
+    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second.")] = "",
+    requests: Annotated[int, typer.Option(help="Requests of one run, at least.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling and arrivals.")] = 0,
+    goodput_ttft_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
+    goodput_tpot_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
+) -> None:
+    """Measure every mode at every load; writes the figures and their picture."""
+    from trimode.cluster.bench import command, metrics, workload
+
+    limits = metrics.Limits(
+        None if goodput_ttft_ms is None else goodput_ttft_ms / 1000,
+        None if goodput_tpot_ms is None else goodput_tpot_ms / 1000,
+    )
+    command.run(
+        command.Options(
+            model=model,
+            prompts=workload.load_prompts(prompts),
+            settings=workload.settings_named(settings),
+            concurrencies=tuple(int(n) for n in _parse_numbers("--concurrency", concurrency)),
+            rates=_parse_numbers("--rate", rate) if rate else (),
+            requests=requests,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            limits=limits,
+            dtype=dtype,
+            out=out,
+        )
+    )
+
+
+def _parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers like 1,2,3, got {text!r}") from None
+
+
 def _parse_ids(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))

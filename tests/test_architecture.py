@@ -55,8 +55,13 @@ TORCH_FREE = (
 LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
+    ("cluster/__main__.py", "trimode.cluster.bench.command"),
+    ("cluster/__main__.py", "trimode.cluster.bench.metrics"),
+    ("cluster/__main__.py", "trimode.cluster.bench.workload"),
     ("cluster/__main__.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
+    # After its backend was chosen.
+    ("cluster/bench/plot.py", "matplotlib"),
     # Only `plot` needs it.
     ("cluster/calibrate.py", "matplotlib"),
     ("replicas/checkpoint/report.py", "matplotlib"),

@@ -1,0 +1,30 @@
+"""The picture: what a user gets against what the engine gives, one curve a setting."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+from trimode.cluster.bench.metrics import Summary
+
+
+def draw(curves: Mapping[str, Sequence[tuple[str, Summary]]], path: Path) -> None:
+    """Write a PNG. curves: setting -> (label of the load, its figures), lightest load first."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
+    for name, points in curves.items():
+        speeds = [summary.tokens_per_s_per_user for _, summary in points]
+        totals = [summary.tokens_per_s for _, summary in points]
+        style = {"linewidth": 2.5, "color": "black"} if name == "governor" else {}
+        axis.plot(speeds, totals, marker="o", markersize=4, label=name, **style)
+        for (label, _), speed, total in zip(points, speeds, totals, strict=True):
+            axis.annotate(label, (speed, total), fontsize=6, xytext=(3, 3),
+                          textcoords="offset points")  # fmt: skip
+    axis.set_xlabel("tokens/s of one user")
+    axis.set_ylabel("tokens/s of all users")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
