@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from trimode.cluster.bench.metrics import Arrival, Record
 from trimode.cluster.bench.workload import Job
 from trimode.replicas.engine import Engine
-from trimode.replicas.types import Chunk, Finish, Request
+from trimode.replicas.types import Finish, Request
 
 
 class LocalTarget:
@@ -57,14 +57,6 @@ class LocalTarget:
                     records.append(_record(sent.pop(job_id), seen.pop(job_id), chunk.finish))
                     on_done()
         return records
-
-    def decode_ids(self, job: Job) -> list[int]:
-        """The output of one job alone."""
-        self._engine.add(self._request(job))
-        chunks: list[Chunk] = []
-        while self._engine.has_work:
-            chunks += [chunk for _, chunk in self._engine.step()]
-        return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
     def _request(self, job: Job) -> Request:
         return Request(
