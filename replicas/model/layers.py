@@ -28,8 +28,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, size]
         weight = self.weight
-        if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
-            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        if x.dtype == weight.dtype and x.dtype.itemsize >= 4 and not torch.is_grad_enabled():
+            # Fewer operations than functional.rms_norm; a gradient through the norm of 0 is NaN.
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
+            out: Tensor = (x * scale).mul_(weight)
+            return out
         # Narrow x is rounded before the weight is applied, as the published code has it.
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
