@@ -48,7 +48,7 @@ def build_engine(
     if governed and config.max_block_size > 1:
         measured = measure(runner, config) if profile is None else StepProfile.load(profile)
         governor = Governor(measured, config.max_block_size)
-    language = Language.load(folder)
+    language = Language.load(folder, runner.info)
     return Engine(runner, config, language=language, governor=governor, on_step=on_step)
 
 

@@ -141,11 +141,12 @@ def _edit(edits: _Edits, sequence: Sequence, query: Query, first: int, vocab_siz
     if added:
         edits.added.append(_summed(added, first, vocab_size))
     if sequence.grammar is not None:
-        # The grammar stands after the committed text; a prefill has no drafts behind its answer.
-        drafts = list(query.token_ids[1:]) if query.stage is Stage.VERIFY else []
-        allowed = sequence.grammar.masks(drafts)
-        after = answers if query.stage is Stage.VERIFY else np.zeros_like(answers)
-        edits.masked.append((first + np.arange(len(answers)), allowed[after]))
+        # The grammar stands after the committed text. A prefill has no drafts behind its answer, and
+        # of a draft pass only the first token follows text that is known.
+        verifies = query.stage is Stage.VERIFY
+        allowed = sequence.grammar.masks(list(query.token_ids[1:]) if verifies else [])
+        rows = first + np.arange(len(answers) if verifies else 1)
+        edits.masked.append((rows, allowed[answers] if verifies else allowed))
     if request.thinking is not None:
         before = sequence.token_ids[: query.start + 1]
         for row, index in enumerate(query.answers):

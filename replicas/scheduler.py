@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.strategy import Outcome, PassKind, Position, Query, Stage
 from trimode.replicas.errors import InvalidRequest, Overloaded
-from trimode.replicas.governor import Candidate, Companions, Governor
+from trimode.replicas.governor import Governor
 from trimode.replicas.page_hash import root_hash
 from trimode.replicas.page_pool import PagePool
 from trimode.replicas.prefix_cache import KVEvent
+from trimode.replicas.round_sizes import set_block_sizes
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Chunk, EngineLoad, FinishReason, TokenLogprobs
 
@@ -248,7 +249,7 @@ class Scheduler:
     def _decode_queries(self) -> dict[Sequence, Query]:
         """What each decoding sequence wants, with its pages; who lost its own is left out."""
         if self._governor is not None:
-            _govern(self._governor, self._running)
+            set_block_sizes(self._governor, self._running)
         queries: dict[Sequence, Query] = {}
         for sequence in list(self._running):
             if sequence.is_prefilling or not sequence.page_table:
@@ -316,44 +317,6 @@ class Scheduler:
 def _rank(sequence: Sequence) -> tuple[int, int]:
     """Lower is served first and preempted last."""
     return sequence.request.priority, sequence.order
-
-
-def _govern(governor: Governor, running: list[Sequence]) -> None:
-    """Give every governed sequence that starts a round its block size."""
-    decoding = [s for s in running if not s.is_prefilling]
-    starting = []
-    for sequence in decoding:
-        if not (sequence.strategy.starts_round and sequence.is_governed):
-            continue
-        if sequence.acceptance is None:
-            sequence.acceptance = governor.new_acceptance()
-        starting.append(sequence)
-    if not starting:
-        return
-    begun = set(starting)
-    others = [s for s in decoding if s not in begun]
-    plain = [s for s in others if s.rows == 1]
-    blocks = [s for s in others if s.rows > 1]
-    prefilling = [s for s in running if s.is_prefilling]
-    companions = Companions(
-        autoregressive=len(plain),
-        block_sequences=len(blocks),
-        block_rows=sum(s.rows for s in blocks),
-        block_tokens=sum(s.expected_tokens for s in blocks),
-        prefill_sequences=len(prefilling),
-        prefill_rows=sum(s.prefill_end - s.num_committed for s in prefilling),
-        context_tokens=sum(s.num_committed for s in running)
-        - sum(s.num_committed for s in starting),
-    )
-    candidates = [
-        Candidate(
-            s.acceptance, s.block_size or 0,
-            s.request.max_tokens - s.num_output_tokens, s.num_committed,
-        )
-        for s in starting if s.acceptance is not None
-    ]  # fmt: skip
-    for sequence, size in zip(starting, governor.choose(candidates, companions), strict=True):
-        sequence.block_size = size
 
 
 def _prefill_query(sequence: Sequence, budget: int) -> Query:

@@ -152,6 +152,10 @@ class Request:
             raise InvalidRequest("logit_bias", "each token id may occur once")
         if self.grammar is not None and len(self.grammar.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequest("grammar", f"at most {MAX_GRAMMAR_CHARS} characters are allowed")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise InvalidRequest(
+                "grammar", "ends by itself: no min_tokens, no ignore_eos beside it"
+            )
         if self.thinking is not None:
             _check_range("thinking_budget", self.thinking.max_tokens, 0, None)
             if self.grammar is not None:

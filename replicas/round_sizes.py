@@ -1,0 +1,42 @@
+"""Between scheduler and governor: who starts a round, and in what company."""
+
+from trimode.replicas.governor import Candidate, Companions, Governor
+from trimode.replicas.sequence import Sequence
+
+
+def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
+    """Give every governed sequence that starts a round its block size."""
+    decoding = [s for s in running if not s.is_prefilling]
+    starting = []
+    for sequence in decoding:
+        if not (sequence.strategy.starts_round and sequence.is_governed):
+            continue
+        if sequence.acceptance is None:
+            sequence.acceptance = governor.new_acceptance()
+        starting.append(sequence)
+    if not starting:
+        return
+    begun = set(starting)
+    others = [s for s in decoding if s not in begun]
+    plain = [s for s in others if s.rows == 1]
+    blocks = [s for s in others if s.rows > 1]
+    prefilling = [s for s in running if s.is_prefilling]
+    companions = Companions(
+        autoregressive=len(plain),
+        block_sequences=len(blocks),
+        block_rows=sum(s.rows for s in blocks),
+        block_tokens=sum(s.expected_tokens for s in blocks),
+        prefill_sequences=len(prefilling),
+        prefill_rows=sum(s.prefill_end - s.num_committed for s in prefilling),
+        context_tokens=sum(s.num_committed for s in running)
+        - sum(s.num_committed for s in starting),
+    )
+    candidates = [
+        Candidate(
+            s.acceptance, s.block_size or 0,
+            s.request.max_tokens - s.num_output_tokens, s.num_committed,
+        )
+        for s in starting if s.acceptance is not None
+    ]  # fmt: skip
+    for sequence, size in zip(starting, governor.choose(candidates, companions), strict=True):
+        sequence.block_size = size
