@@ -141,8 +141,8 @@ def _edit(edits: _Edits, sequence: Sequence, query: Query, first: int, vocab_siz
     if added:
         edits.added.append(_summed(added, first, vocab_size))
     if sequence.grammar is not None:
-        # The grammar stands after the committed text. A prefill has no drafts behind its answer, and
-        # of a draft pass only the first token follows text that is known.
+        # The grammar stands after the committed text. A prefill has no drafts behind its answer; of
+        # a draft pass only the first token follows a text that is known.
         verifies = query.stage is Stage.VERIFY
         allowed = sequence.grammar.masks(list(query.token_ids[1:]) if verifies else [])
         rows = first + np.arange(len(answers) if verifies else 1)
