@@ -154,7 +154,11 @@ def local_target(options: Options) -> LocalTarget:
         max_waiting=users,
         max_block_size=config.block_size,
     )
-    engine = build_engine(options.model, engine_config, dtype=options.dtype)
+    governed = any(setting.is_governed for setting in options.settings)
+    if governed:
+        note = "the governor measures step times first, about a minute; --settings leaves it out"
+        Console(stderr=True).print(note, highlight=False)
+    engine = build_engine(options.model, engine_config, dtype=options.dtype, governed=governed)
     return LocalTarget(engine, tokenizer.encode)
 
 

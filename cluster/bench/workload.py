@@ -29,6 +29,10 @@ class Setting:
     mode: Mode
     block_size: int | None = None
 
+    @property
+    def is_governed(self) -> bool:
+        return self.mode is Mode.SELF_SPECULATION and self.block_size is None
+
 
 SETTINGS = (
     Setting("ar", Mode.AUTOREGRESSIVE),
