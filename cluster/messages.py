@@ -9,7 +9,18 @@ from typing import Literal
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
-from trimode.replicas.types import MAX_SEED, Chunk, Finish, FinishReason, Mode, Priority, Request
+from trimode.replicas.types import (
+    MAX_SEED,
+    Chunk,
+    Finish,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Mode,
+    Priority,
+    Request,
+    TokenLogprobs,
+)
 
 MAX_REQUEST_ID_LEN = 128
 
@@ -80,6 +91,8 @@ def to_request(
         top_p=_or(sampling, "top_p", 1.0),
         min_p=sampling.min_p,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbelow(MAX_SEED),
+        num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        grammar=_grammar(message),
         stop_ids=tuple(stop.stop_token_ids),
         min_tokens=stop.min_tokens,
         ignore_eos=stop.ignore_eos,
@@ -90,6 +103,11 @@ def to_request(
         priority=priority,
         timeout_s=timeout_s,
     )
+
+
+def _grammar(message: pb.GenerateRequest) -> Grammar | None:
+    kind = message.WhichOneof("grammar")
+    return None if kind is None else Grammar(GrammarKind(kind), getattr(message, kind))
 
 
 def _or(
@@ -106,10 +124,16 @@ def to_response(request: Request, chunk: Chunk, text: str) -> pb.GenerateRespons
         text=text,
         token_ids=chunk.token_ids,
         mode=MODE_MESSAGES[request.mode],
+        logprobs=map(_logprobs, chunk.logprobs or ()),
     )
     if chunk.finish is not None:
         message.finish.CopyFrom(_finish(request, chunk.finish))
     return message
+
+
+def _logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:
+    top = [pb.TokenLogprob(token_id=i, logprob=value) for i, value in token.top]
+    return pb.TokenLogprobs(logprob=token.logprob, top=top)
 
 
 def _finish(request: Request, finish: Finish) -> pb.Finish:

@@ -1,5 +1,7 @@
 """Messages become requests or a named mistake; chunks become messages."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from trimode.replicas.types import (
     Ranking,
     Request,
     Timings,
+    TokenLogprobs,
 )
 
 DEFAULTS = Defaults(max_tokens=256, max_positions=1024)
@@ -148,3 +151,23 @@ def test_stops_priority_and_governor_arrive_in_the_request() -> None:
 def test_an_unknown_priority_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"^priority: "):
         convert(pb.GenerateRequest(token_ids=IDS, priority=99))
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "lark"])
+def test_a_grammar_keeps_its_kind_and_text(kind: str) -> None:
+    message = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), **{kind: "x"})
+    request = to_request(message, None, Defaults(8, 64), None)
+    assert request.grammar is not None
+    assert (request.grammar.kind.value, request.grammar.text) == (kind, "x")
+
+
+def test_logprobs_are_asked_for_and_answered() -> None:
+    sampling = pb.Sampling(logprobs=0)
+    message = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), sampling=sampling)
+    request = to_request(message, None, Defaults(8, 64), None)
+    assert request.num_logprobs == 0
+    request = replace(request, mode=Mode.AUTOREGRESSIVE)
+    chunk = Chunk((5,), logprobs=(TokenLogprobs(-0.5, ((5, -0.5), (6, -1.5))),))
+    reply = to_response(request, chunk, "")
+    assert reply.logprobs[0].logprob == -0.5
+    assert [top.token_id for top in reply.logprobs[0].top] == [5, 6]
