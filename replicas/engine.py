@@ -3,18 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES, Registry
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Stage
 from trimode.replicas.errors import InvalidRequest, RequestError
 from trimode.replicas.governor import Governor
+from trimode.replicas.language import Language
 from trimode.replicas.model_runner import ModelRunner
 from trimode.replicas.prefix_cache import KVEvent
 from trimode.replicas.scheduler import Scheduled, Scheduler
-from trimode.replicas.sequence import GrammarState, Sequence, StopScanner
-from trimode.replicas.types import Chunk, EngineLoad, Grammar, Mode, ModelInfo, Request
+from trimode.replicas.sequence import Sequence
+from trimode.replicas.types import Chunk, EngineLoad, Mode, ModelInfo, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,6 @@ class StepRecord:
 
     stages: tuple[tuple[str, Stage, int], ...]  # (request id, stage, query tokens)
     duration_s: float
-
-
-class Language(Protocol):
-    """What needs the checkpoint's tokenizer (replicas/language.py)."""
-
-    def grammar(self, grammar: Grammar) -> GrammarState:
-        """Raises InvalidRequest where the grammar is malformed."""
-        ...
-
-    def stop_scanner(self, stop_strings: tuple[str, ...]) -> StopScanner: ...
 
 
 class Engine:

@@ -5,8 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from trimode.replicas.errors import CheckpointError
-from trimode.replicas.grammar import GrammarCompiler
-from trimode.replicas.sequence import GrammarState
+from trimode.replicas.grammar import GrammarCompiler, GrammarState
 from trimode.replicas.stop_strings import StopScanner
 from trimode.replicas.types import Grammar, ModelInfo
 

@@ -121,7 +121,7 @@ def _edit(edits: _Edits, sequence: Sequence, query: Query, first: int, vocab_siz
     causal = query.kind is PassKind.CAUSAL
     # Row i of a causal pass follows the query's tokens up to i; of a block pass, what is committed.
     depths = answers if causal else np.zeros_like(answers)
-    added: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # keys = row * vocab_size + id
+    added: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (rows, ids, values)
     if request.has_penalties:
         rows, ids, counts = _occurrences(sequence, query, depths, vocab_size)
         if request.repetition_penalty != 1:

@@ -219,8 +219,7 @@ class Scheduler:
             hits = self._pool.match(root, salt, sequence.token_ids, limit)
         shared = [page for page, _ in hits]
         slots = sequence.prefill_end + sequence.max_block_size
-        missing = self._pool.pages_for(min(slots, self._pool.num_pages * self._pool.page_size))
-        missing -= len(hits)
+        missing = self._pool.pages_for(slots) - len(hits)
         idle_hits = len(shared) - self._pool.num_in_use(shared)
         if missing > self._pool.num_free - idle_hits:
             return False
@@ -242,7 +241,6 @@ class Scheduler:
             sequence.prefill_end = sequence.num_committed
         self._leave(sequence)
         sequence.num_committed = 0
-        sequence.num_preemptions += 1
         self._num_preemptions += 1
         insort(self._waiting, sequence, key=_rank)
 

@@ -1,34 +1,12 @@
 """Sequence: the progress of one sample of a request. Only the scheduler changes it."""
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
 
 from trimode.replicas.acceptance import Acceptance
 from trimode.replicas.decoding.strategy import Strategy
+from trimode.replicas.grammar import GrammarState
+from trimode.replicas.stop_strings import StopScanner
 from trimode.replicas.types import Finish, FinishReason, Request, Timings
-
-
-class GrammarState(Protocol):
-    """Where one output stands in its grammar."""
-
-    def masks(self, drafts: SequenceOf[int]) -> np.ndarray:
-        """[len(drafts) + 1, vocab_size] bool: what may follow the text and the first i drafts."""
-        ...
-
-    def advance(self, token_ids: SequenceOf[int]) -> None:
-        """Take emitted tokens."""
-        ...
-
-
-class StopScanner(Protocol):
-    """Watches one output's text for stop strings."""
-
-    def push(self, token_id: int) -> bool:
-        """Whether the text, this token included, holds one."""
-        ...
 
 
 @dataclass(slots=True, eq=False)  # identity, not value: two sequences are never the same one
@@ -53,7 +31,6 @@ class Sequence:
     page_hashes: list[int] = field(default_factory=list)  # of its published pages, root first
     num_committed: int = 0  # slots that hold final, causal KV
     num_cached: int = 0  # prompt tokens that the prefix cache had
-    num_preemptions: int = 0
     # The prefill ends here: at the prompt's end, after a preemption where decoding had come to.
     prefill_end: int = 0
     wants_edits: bool = False  # its logits are changed before the draw
