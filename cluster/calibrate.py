@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -10,9 +9,7 @@ from rich.table import Table
 from trimode.replicas.calibration import measure
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.errors import ConfigError
-from trimode.replicas.loading import torch_dtype
-from trimode.replicas.model.weights import load_model
-from trimode.replicas.model_runner import TorchModelRunner
+from trimode.replicas.loading import build_runner
 from trimode.replicas.step_profile import StepProfile
 
 LONG_CONTEXT_PAGES = 2048  # 32,768 slots: 16 sequences of the longest context measured
@@ -34,12 +31,8 @@ def run(model: Path, dtype: str, out: Path) -> None:
 
 
 def _measure(folder: Path, dtype: str, console: Console) -> StepProfile:
-    """On the GPU where there is one, else the CPU; 'auto' as for an engine (loading.py)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
     config = EngineConfig(num_pages=LONG_CONTEXT_PAGES)
-    runner = TorchModelRunner(load_model(folder, torch_dtype(dtype), device), config)
+    runner = build_runner(folder, config, dtype=dtype)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)

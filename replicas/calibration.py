@@ -32,7 +32,7 @@ def measure(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepProfile:
-    """Takes seconds. The engine must be idle: its cache's slots are overwritten.
+    """Takes seconds to minutes. The engine must be idle: its cache's slots are overwritten.
 
     progress(done, total) is called after each pass.
     """

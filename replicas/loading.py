@@ -32,24 +32,39 @@ def build_engine(
     progress: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
-    """Load a checkpoint onto the GPU where there is one, else the CPU.
+    """An engine over a checkpoint's runner, ready to step; dtype as for build_runner.
 
-    dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
     governed: a governor picks the block sizes that requests leave open, by the step-time profile in
-    the file given, or else by one that is measured now, which takes seconds. Raises CheckpointError
-    and ConfigError.
+    the file given, or else by one that is measured now, which takes up to a minute or two.
+    Raises CheckpointError and ConfigError.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
-    runner = TorchModelRunner(model, config)
+    runner = build_runner(folder, config, dtype=dtype, adapter=adapter, progress=progress)
     governor = None
     if governed and config.max_block_size > 1:
         measured = measure(runner, config) if profile is None else StepProfile.load(profile)
         governor = Governor(measured, config.max_block_size)
     language = Language.load(folder, runner.info)
     return Engine(runner, config, language=language, governor=governor, on_step=on_step)
+
+
+def build_runner(
+    folder: Path,
+    config: EngineConfig,
+    *,
+    dtype: str = "auto",
+    adapter: bool = True,
+    progress: Progress | None = None,
+) -> TorchModelRunner:
+    """Load a checkpoint onto the GPU where there is one, else the CPU.
+
+    dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
+    Raises CheckpointError.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
+    return TorchModelRunner(model, config)
 
 
 def torch_dtype(name: str) -> torch.dtype:
