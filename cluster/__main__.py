@@ -5,13 +5,15 @@ for Ray.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from trimode.replicas.errors import TrimodeError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +69,7 @@ def generate(
         raise typer.BadParameter(f"{mode!r} is not one of {', '.join(command.MODE_NAMES)}")
     options = command.Options(
         prompt=prompt if prompt_file is None else prompt_file.read_text(),
-        prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
+        prompt_ids=None if prompt_ids is None else _parse_numbers("--prompt-ids", prompt_ids, int),
         model=model,
         mode=command.MODE_NAMES[mode],
         max_tokens=max_tokens,
@@ -128,8 +130,8 @@ def bench(
             model=model,
             prompts=workload.load_prompts(prompts),
             settings=workload.settings_named(settings),
-            concurrencies=tuple(int(n) for n in _parse_numbers("--concurrency", concurrency)),
-            rates=_parse_numbers("--rate", rate) if rate else (),
+            concurrencies=_parse_numbers("--concurrency", concurrency, int),
+            rates=_parse_numbers("--rate", rate, float) if rate else (),
             requests=requests,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -141,18 +143,11 @@ def bench(
     )
 
 
-def _parse_numbers(option: str, text: str) -> tuple[float, ...]:
+def _parse_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{option} takes numbers like 1,2,3, got {text!r}") from None
-
-
-def _parse_ids(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--prompt-ids takes numbers like 1,2,3, got {text!r}") from None
 
 
 def main() -> None:

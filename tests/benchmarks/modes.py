@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from trimode.cluster.bench.workload import DEFAULT_PROMPTS
 from trimode.cluster.client import Client
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.machine import describe_machine
@@ -18,16 +19,6 @@ from trimode.replicas.machine import describe_machine
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "modes_one_client.json"
 NEW_TOKENS = 128
 REPEATS = 1
-PROMPTS = (
-    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n",
-    "import os\nimport sys\n\ndef main():\n    if len(sys.argv) != 2:\n",
-    "class TestParser(unittest.TestCase):\n    def test_empty(self):\n        self.assertEqual(",
-    "    def test_repr(self):\n        self.assertRaises(TypeError, ",
-    "To the Senate and House of Representatives: In my last annual message I",
-    "The expenditures of the Government for the fiscal year ending June 30",
-    "### Codec APIs\n\nclass Codec(codecs.Codec):\n\n    def encode(self,input,errors='strict'):\n",
-    "    '\\x00'     #  0x00 -> NULL\n    '\\x01'     #  0x01 -> START OF HEADING\n",
-)
 MODES = {
     "autoregressive": pb.GenerateRequest(mode=pb.MODE_AUTOREGRESSIVE),
     "self_speculation, block 32": pb.GenerateRequest(mode=pb.MODE_SELF_SPECULATION, block_size=32),
@@ -61,8 +52,8 @@ def one(client: Client, template: pb.GenerateRequest, prompt: str) -> dict[str, 
 
 
 def measure(client: Client, template: pb.GenerateRequest) -> dict[str, float]:
-    one(client, template, PROMPTS[0])  # warm-up
-    runs = [one(client, template, prompt) for _ in range(REPEATS) for prompt in PROMPTS]
+    one(client, template, DEFAULT_PROMPTS[0])  # warm-up
+    runs = [one(client, template, prompt) for _ in range(REPEATS) for prompt in DEFAULT_PROMPTS]
 
     def total(key: str) -> float:
         return sum(run[key] for run in runs)
@@ -86,7 +77,7 @@ def main() -> None:
         "command": "python tests/benchmarks/modes.py HOST:PORT",
         "machine": describe_machine("torch", "ray", "grpcio", "trimode"),
         "model": {"name": model.name, "dtype": model.dtype},
-        "prompts": len(PROMPTS),
+        "prompts": len(DEFAULT_PROMPTS),
         "repeats": REPEATS,
         "new_tokens": NEW_TOKENS,
         "modes": rows,
