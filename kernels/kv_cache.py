@@ -50,3 +50,9 @@ def write_kv_reference(
 
 
 write_kv = write_kv_reference
+
+
+def copy_page(cache: KVCache, source: int, target: int, page_size: int) -> None:
+    """Copy one page's keys and values in all layers. Slots that nobody wrote are copied, too."""
+    pages = cache.entries.unflatten(1, (-1, page_size))
+    pages[:, target] = pages[:, source]

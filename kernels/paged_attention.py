@@ -56,48 +56,57 @@ class AttentionInputs:
     def build(
         cls,
         query_start: np.ndarray,  # [num_sequences + 1]: rows of sequence i
-        context_lens: np.ndarray,  # [num_sequences]: KV entries after this pass's write
+        context_lens: np.ndarray,  # [num_sequences]: KV entries after this pass's write, at most
         visible: Tensor,  # [num_tokens] int64
         page_table: Tensor,  # [num_sequences, num_pages] int64
         page_size: int,
+        exact_lens: Tensor | None = None,  # [num_sequences] int64, where only the device knows them
     ) -> "AttentionInputs":
         lens = np.diff(query_start)
+        if exact_lens is None:
+            exact_lens = torch.from_numpy(context_lens).to(visible.device)
         groups = []
         for members in (np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)):
             if len(members):
-                tile_len = min(MAX_TILE_LEN, int(lens[members].max()))
-                groups.append(
-                    _tiles(
-                        members, tile_len, query_start, context_lens, visible, page_table, page_size
-                    )
-                )
+                cut = _cut(members, query_start)
+                context_len = int(context_lens[members].max())
+                groups.append(_tiles(cut, context_len, exact_lens, visible, page_table, page_size))
         return cls(visible, tuple(groups))
 
 
+def _cut(members: np.ndarray, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sequence of each tile [num_tiles] and its rows [num_tiles, tile_len], num_tokens where a
+    lane is empty.
+    """
+    lens = np.diff(query_start)[members]
+    tile_len = min(MAX_TILE_LEN, int(lens.max()))
+    tiles_of = -(-lens // tile_len)
+    owner = np.repeat(members, tiles_of)
+    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
+    rows = (query_start[owner] + index * tile_len)[:, None] + np.arange(tile_len)
+    rows[rows >= query_start[owner + 1][:, None]] = query_start[-1]
+    return owner, rows
+
+
 def _tiles(
-    members: np.ndarray,
-    tile_len: int,
-    query_start: np.ndarray,
-    context_lens: np.ndarray,
+    cut: tuple[np.ndarray, np.ndarray],
+    context_len: int,
+    exact_lens: Tensor,
     visible: Tensor,
     page_table: Tensor,
     page_size: int,
 ) -> Tiles:
+    owner, rows = cut
     num_tokens, device = len(visible), visible.device
-    tiles_of = -(-np.diff(query_start)[members] // tile_len)
-    owner = np.repeat(members, tiles_of)  # [num_tiles]: sequence of each tile
-    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
-    rows = (query_start[owner] + index * tile_len)[:, None] + np.arange(tile_len)
-    rows[rows >= query_start[owner + 1][:, None]] = num_tokens
     are_all_rows = rows.size == num_tokens and bool((rows.ravel() == np.arange(num_tokens)).all())
     tile_rows = torch.from_numpy(rows).to(device)
 
-    context_len = int(context_lens[members].max())
     position = torch.arange(context_len, device=device)
-    tables = page_table[torch.from_numpy(owner).to(device)]
+    owners = torch.from_numpy(owner).to(device)
+    tables = page_table[owners]
     slots = tables[:, position // page_size] * page_size + position % page_size
     # Lanes past a sequence's end read its first slot: masked, but finite, for 0 × NaN would be NaN.
-    ends = torch.from_numpy(context_lens[owner]).to(device)[:, None]
+    ends = exact_lens[owners, None]
     slots = torch.where(position < ends, slots, slots[:, :1])
     # Empty lanes see everything: no NaN.
     seen = functional.pad(visible, (0, 1), value=context_len)[tile_rows]

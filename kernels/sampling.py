@@ -32,11 +32,23 @@ class LogitEdits:
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What of the distribution is left to the draw, for each sampled row."""
+    """What of the distribution is left to the draw, for each drawn row."""
 
-    top_k: Tensor  # [num_sampled] int64, vocab_size for all
-    top_p: Tensor  # [num_sampled] float32
-    min_p: Tensor  # [num_sampled] float32
+    top_k: Tensor  # [num_drawn] int64, vocab_size for all
+    top_p: Tensor  # [num_drawn] float32
+    min_p: Tensor  # [num_drawn] float32
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The rows with a temperature above 0, and what their noise is a function of."""
+
+    rows: Tensor  # [num_drawn] int64
+    temperatures: Tensor  # [num_drawn] float32
+    seeds: Tensor  # [num_drawn] int64
+    positions: Tensor  # [num_drawn] int64: of the token that the row produces
+    samples: Tensor | None = None  # [num_drawn] int64: index among a request's samples
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +58,12 @@ class SamplingInputs:
     """
 
     mask_id: int
-    sampled_rows: Tensor | None  # [num_sampled] int64: rows with a temperature above 0
-    temperatures: Tensor  # [num_sampled] float32
-    seeds: Tensor  # [num_sampled] int64
-    positions: Tensor  # [num_sampled] int64: of the token that the row produces
-    confident_rows: Tensor | None  # [num_confident] int64: rows whose confidence is wanted
-    confidence_temperatures: Tensor  # [num_confident] float32
-    samples: Tensor | None = None  # [num_sampled] int64: index among a request's samples
-    truncation: Truncation | None = None
+    draws: Draws | None = None
     edits: LogitEdits | None = None
+    confident_rows: Tensor | None = None  # [num_confident] int64: rows whose confidence is wanted
+    confidence_temperatures: Tensor | None = None  # [num_confident] float32
+    candidate_rows: Tensor | None = None  # [num_with_candidates] int64
+    num_candidates: int = 0  # best ids reported of each such row, the chosen one first
     logprob_rows: Tensor | None = None  # [num_logprobs] int64
     num_top: int = 0  # alternatives beside the chosen id
 
@@ -65,6 +74,7 @@ class Sampled:
 
     token_ids: Tensor  # [num_answers] int64
     confidences: Tensor  # [num_confident]
+    candidates: Tensor | None = None  # [num_with_candidates, num_candidates] int64
     logprobs: Tensor | None = None  # [num_logprobs]: of the chosen ids
     top_ids: Tensor | None = None  # [num_logprobs, num_top] int64, best first
     top_logprobs: Tensor | None = None  # [num_logprobs, num_top]
@@ -83,22 +93,33 @@ def sample_reference(logits: Tensor, inputs: SamplingInputs) -> Sampled:
     if inputs.edits is not None:
         apply_edits(wide, inputs.edits)
     token_ids = wide.argmax(-1)
-    if inputs.sampled_rows is not None:
-        noise = gumbel(inputs.seeds, inputs.positions, logits.shape[1], inputs.samples)
-        rows = wide[inputs.sampled_rows]
-        if inputs.truncation is not None:
-            rows = truncate(rows, inputs.temperatures, inputs.truncation)
-        token_ids[inputs.sampled_rows] = (rows + inputs.temperatures[:, None] * noise).argmax(-1)
-    confidences = wide.new_empty(0)
-    if inputs.confident_rows is not None:
+    scores = wide
+    if inputs.draws is not None:
+        drawn = _with_noise(wide[inputs.draws.rows], inputs.draws)
+        token_ids[inputs.draws.rows] = drawn.argmax(-1)
+        if inputs.candidate_rows is not None:
+            scores = wide.index_copy(0, inputs.draws.rows, drawn)
+    confidences, candidates = wide.new_empty(0), None
+    if inputs.confident_rows is not None and inputs.confidence_temperatures is not None:
         scaled = wide[inputs.confident_rows] / inputs.confidence_temperatures[:, None]
         chosen = scaled.gather(1, token_ids[inputs.confident_rows, None])[:, 0]
         confidences = torch.exp(chosen - scaled.logsumexp(-1))
+    if inputs.candidate_rows is not None:
+        count = min(inputs.num_candidates, logits.shape[1])
+        candidates = scores[inputs.candidate_rows].topk(count, dim=-1).indices
     if own is None or inputs.logprob_rows is None:
-        return Sampled(token_ids, confidences)
+        return Sampled(token_ids, confidences, candidates)
     top = own.topk(inputs.num_top, dim=-1)
     chosen = own.gather(1, token_ids[inputs.logprob_rows, None])[:, 0]
-    return Sampled(token_ids, confidences, chosen, top.indices, top.values)
+    return Sampled(token_ids, confidences, candidates, chosen, top.indices, top.values)
+
+
+def _with_noise(logits: Tensor, draws: Draws) -> Tensor:
+    """logits [num_drawn, vocab_size] -> scores whose arg max is the draw."""
+    noise = gumbel(draws.seeds, draws.positions, logits.shape[1], draws.samples)
+    if draws.truncation is not None:
+        logits = truncate(logits, draws.temperatures, draws.truncation)
+    return logits + draws.temperatures[:, None] * noise
 
 
 def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
@@ -121,7 +142,7 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
 def truncate(logits: Tensor, temperatures: Tensor, kept: Truncation) -> Tensor:
     """-inf where top-k, then top-p of what top-k left, or min-p excludes an id; ties stay together.
 
-    logits [num_sampled, vocab_size] before the temperature, which the probabilities are read at.
+    logits [num_drawn, vocab_size] before the temperature, which the probabilities are read at.
     """
     probabilities = (logits / temperatures[:, None]).softmax(-1)
     ordered = probabilities.sort(dim=-1, descending=True).values

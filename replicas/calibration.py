@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from trimode.replicas.decoding.modes import ALL_MODES
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.weights import Progress
-from trimode.replicas.model_runner import ModelRunner
-from trimode.replicas.scheduler import Scheduled
+from trimode.replicas.model_runner import ModelRunner, run_pass
+from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.step_profile import Floats, Grid, StepProfile
 from trimode.replicas.types import Mode, ModelInfo, Request
@@ -27,7 +28,7 @@ LONG_PASS_S = 0.1  # measured once
 
 
 def measure(
-    runner: ModelRunner,
+    runner: ModelRunner[Any],
     config: EngineConfig,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -124,7 +125,7 @@ def _items(
     return scheduled
 
 
-def _fill(runner: ModelRunner, config: EngineConfig) -> None:
+def _fill(runner: ModelRunner[Any], config: EngineConfig) -> None:
     """Write every slot once: memory that nobody wrote may read faster than memory is."""
     size = config.page_size
     together = max(1, min(MAX_ROWS, config.max_step_tokens) // size)
@@ -152,16 +153,16 @@ def _sequence(info: ModelInfo, context_len: int, num_rows: int) -> Sequence:
 
 
 def _seconds(
-    runner: ModelRunner, items: SequenceOf[Scheduled], clock: Callable[[], float]
+    runner: ModelRunner[Any], items: SequenceOf[Scheduled], clock: Callable[[], float]
 ) -> float:
     begin = clock()
     _run(runner, items)
     return clock() - begin
 
 
-def _run(runner: ModelRunner, items: SequenceOf[Scheduled]) -> None:
+def _run(runner: ModelRunner[Any], items: SequenceOf[Scheduled]) -> None:
     """One pass, until its answers are on the host."""
-    runner.run(items)
+    run_pass(runner, items)
 
 
 def _prolonged(grid: Floats, rows: SequenceOf[int]) -> Grid:

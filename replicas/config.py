@@ -18,11 +18,14 @@ class EngineConfig:
     max_step_tokens: int = 2048  # query tokens of one pass
     max_block_size: int = 32  # the largest block this engine runs; 1 speculates nothing
     prefix_cache: bool = True  # keep the KV of full pages for whoever has the same prefix
+    # Launch a pass before the one before it was read. Pays where the device computes by itself.
+    launch_ahead: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "prefix_cache" and getattr(self, name) < 1:
-                raise ConfigError(f"engine.{name} must be at least 1, is {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"engine.{name} must be at least 1, is {value}")
         # The scheduler keeps a quarter of each step for prefill; one block must fit into the rest.
         needed = max(4, (4 * self.max_block_size - 1) // 3)
         if self.max_step_tokens < needed:

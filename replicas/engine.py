@@ -1,8 +1,10 @@
 """Engine: add, abort, step. One step is one forward pass; the caller owns loop and thread."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES, Registry
@@ -12,7 +14,8 @@ from trimode.replicas.governor import Governor
 from trimode.replicas.language import Language
 from trimode.replicas.model_runner import ModelRunner
 from trimode.replicas.prefix_cache import KVEvent
-from trimode.replicas.scheduler import Scheduled, Scheduler
+from trimode.replicas.scheduled import Scheduled
+from trimode.replicas.scheduler import Scheduler
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Chunk, EngineLoad, Mode, ModelInfo, Request
 
@@ -25,12 +28,21 @@ class StepRecord:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A pass whose answers are still to be read."""
+
+    scheduled: list[Scheduled]
+    running: Any  # the runner's
+    started_at: float
+
+
 class Engine:
     """Decodes many requests of any mode together, each as if it were alone."""
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: ModelRunner[Any],
         config: EngineConfig,
         *,
         modes: Registry = ALL_MODES,
@@ -47,9 +59,10 @@ class Engine:
         self._scheduler = Scheduler(config, clock, governor=governor)
         self._language = language
         self._governor = governor
-        self._sequences: dict[
-            str, list[Sequence]
-        ] = {}  # the samples of each request that still run
+        # The samples of each request that still run.
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._in_flight: _Launched | None = None
+        self._read_at = -math.inf  # when the last pass was read
 
     @property
     def info(self) -> ModelInfo:
@@ -82,26 +95,56 @@ class Engine:
             self._scheduler.abort(sequence)
 
     def step(self) -> list[tuple[str, Chunk]]:
-        """One forward pass over whatever is ready; the chunks that it brought, by request id."""
-        started = self._clock()
+        """Launch one forward pass over whatever is ready and read one; the chunks that it brought,
+        by request id.
+
+        That is the same pass or, with launch_ahead, the one before, unless the host needs its
+        answers to go on.
+        """
         chunks = self._scheduler.expire()
-        scheduled = self._scheduler.schedule()
-        if scheduled:
-            launched = self._clock()
-            answers = self._runner.run(scheduled)
-            if self._governor is not None:
-                _observe(self._governor, scheduled, self._clock() - launched)
-            chunks += self._scheduler.update(scheduled, answers)
-        if scheduled and self._on_step is not None:
-            stages = tuple(
-                (item.sequence.request.request_id, item.query.stage, len(item.query.token_ids))
-                for item in scheduled
-            )
-            self._on_step(StepRecord(stages, self._clock() - started))
+        if not self._scheduler.can_look_ahead:
+            chunks += self._read()
+        launched = self._launch()
+        chunks += self._read()
+        if launched is not None and self._config.launch_ahead:
+            self._scheduler.expect(launched.scheduled)
+        self._in_flight = launched
+        if not self._config.launch_ahead:
+            chunks += self._read()
         for sequence, chunk in chunks:
             if chunk.finish is not None:
                 self._forget(sequence)
         return [(sequence.request.request_id, chunk) for sequence, chunk in chunks]
+
+    def _launch(self) -> "_Launched | None":
+        started = self._clock()
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
+            return None
+        before = None if self._in_flight is None else self._in_flight.running
+        running = self._runner.launch(scheduled, before, self._scheduler.drain_copies())
+        return _Launched(scheduled, running, started)
+
+    def _read(self) -> list[tuple[Sequence, Chunk]]:
+        """Take the answers of the pass in flight, if there is one."""
+        launched, self._in_flight = self._in_flight, None
+        if launched is None:
+            return []
+        answers = self._runner.read(launched.running)
+        now = self._clock()
+        # A pass that was launched ahead runs once the one before it is done.
+        seconds = now - max(launched.started_at, self._read_at)
+        self._read_at = now
+        if self._governor is not None:
+            _observe(self._governor, launched.scheduled, seconds)
+        chunks = self._scheduler.update(launched.scheduled, answers)
+        if self._on_step is not None:
+            stages = tuple(
+                (item.sequence.request.request_id, item.query.stage, len(item.query.token_ids))
+                for item in launched.scheduled
+            )
+            self._on_step(StepRecord(stages, seconds))
+        return chunks
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or shared."""

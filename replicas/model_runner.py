@@ -3,29 +3,57 @@ that can answer.
 """
 
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from trimode.kernels.kv_cache import KVCache, write_kv
+from trimode.kernels.kv_cache import KVCache, copy_page, write_kv
 from trimode.kernels.paged_attention import paged_attention
 from trimode.kernels.sampling import Sampled, sample
 from trimode.replicas.batch import Batch
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
-from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.page_tables import PageCopy
+from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.types import ModelInfo
 
+Pass = TypeVar("Pass")
 
-class ModelRunner(Protocol):
-    """Answers the queries of one pass."""
+
+class ModelRunner(Protocol[Pass]):
+    """Answers the queries of one pass after another."""
 
     info: ModelInfo
 
-    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
-        """One Answers for each scheduled query, in order."""
+    def launch(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        before: Pass | None = None,
+        copies: SequenceOf[PageCopy] = (),
+    ) -> Pass:
+        """Start a pass without waiting for its answers. before: the unread pass whose answers
+        pending queries need. copies are made first, in order.
+        """
         ...
+
+    def read(self, launched: Pass) -> list[Answers]:
+        """Wait for a pass: one Answers for each scheduled query, in order."""
+        ...
+
+
+def run_pass(runner: ModelRunner[Any], scheduled: SequenceOf[Scheduled]) -> list[Answers]:
+    """Launch a pass and read it."""
+    return runner.read(runner.launch(scheduled))
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPass:
+    """A launched pass: its answers are, or will be, on the device."""
+
+    batch: Batch
+    sampled: Sampled
 
 
 class TorchModelRunner:
@@ -56,9 +84,19 @@ class TorchModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
+    def launch(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        before: TorchPass | None = None,
+        copies: SequenceOf[PageCopy] = (),
+    ) -> TorchPass:
         info = self.info
-        batch = Batch.build(scheduled, self._page_size, info.mask_id, info.vocab_size, self._device)
+        for copy in copies:
+            copy_page(self._cache, copy.source, copy.target, self._page_size)
+        unread = None if before is None else before.batch.unread(before.sampled)
+        batch = Batch.build(
+            scheduled, self._page_size, info.mask_id, info.vocab_size, self._device, unread
+        )
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             write_kv(self._cache, layer, key, value, batch.slots)
@@ -66,6 +104,9 @@ class TorchModelRunner:
 
         hidden = self._model(batch.token_ids, batch.positions, attend, batch.draft_rows)
         if len(batch.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
-            return batch.split(Sampled(batch.answer_rows, hidden.new_empty(0)))
+            return TorchPass(batch, Sampled(batch.answer_rows, hidden.new_empty(0)))
         logits = self._model.logits(hidden[batch.answer_rows])
-        return batch.split(sample(logits, batch.sampling))
+        return TorchPass(batch, sample(logits, batch.sampling))
+
+    def read(self, launched: TorchPass) -> list[Answers]:
+        return launched.batch.split(launched.sampled)

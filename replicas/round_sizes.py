@@ -9,7 +9,7 @@ def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
     decoding = [s for s in running if not s.is_prefilling]
     starting = []
     for sequence in decoding:
-        if not (sequence.strategy.starts_round and sequence.is_governed):
+        if not (sequence.starts_round and sequence.is_governed):
             continue
         if sequence.acceptance is None:
             sequence.acceptance = governor.new_acceptance()

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from trimode.kernels.sampling import LogitEdits, SamplingInputs, Truncation
+from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncation
 from trimode.replicas.decoding.strategy import PassKind, Query, Stage
-from trimode.replicas.scheduler import Scheduled
+from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
 
 ToTensor = Callable[[np.ndarray], Tensor]
@@ -25,45 +25,71 @@ ToTensor = Callable[[np.ndarray], Tensor]
 def build_sampling(
     scheduled: SequenceOf[Scheduled],
     counts: np.ndarray,  # [num_sequences]: answers of each
-    answer_positions: np.ndarray,  # [num_answers]: positions of the answering rows
+    positions: Tensor,  # [num_tokens] int64: of the rows of the pass
+    answer_rows: np.ndarray,  # [num_answers]: which rows answer
     mask_id: int,
     vocab_size: int,
     tensor: ToTensor,
 ) -> SamplingInputs:
-    """Per-sequence parameters repeated over answers; edits only for those who want some."""
+    """Per-sequence parameters repeated over answers; nothing for what nobody asks."""
     requests = [item.sequence.request for item in scheduled]
     queries = [item.query for item in scheduled]
 
-    def each(values: list[float] | list[int] | list[bool], dtype: type) -> np.ndarray:
-        return np.array(values, dtype=dtype).repeat(counts)
+    def rows_where(wanted: list[bool]) -> np.ndarray | None:
+        """Answer rows of the sequences that want something; None where nobody does."""
+        return np.flatnonzero(np.repeat(wanted, counts)) if any(wanted) else None
 
-    temperatures = each([r.temperature for r in requests], np.float32)
-    # Block passes predict their own position, causal passes the next.
-    shift = each([q.kind is PassKind.CAUSAL for q in queries], np.int64)
-    rows = np.flatnonzero(temperatures > 0)
-    confident = np.flatnonzero(each([q.wants_confidence for q in queries], bool))
-    logprobs = np.flatnonzero(each([r.num_logprobs is not None for r in requests], bool))
-    softness = each([q.confidence_temperature for q in queries], np.float32)
-    truncation = None
-    if len(rows) and any((r.top_k, r.top_p, r.min_p) != (0, 1, 0) for r in requests):
-        truncation = Truncation(
-            tensor(each([r.top_k or vocab_size for r in requests], np.int64)[rows]),
-            tensor(each([r.top_p for r in requests], np.float32)[rows]),
-            tensor(each([r.min_p for r in requests], np.float32)[rows]),
-        )
+    def of_rows(values: list[float] | list[int], rows: np.ndarray, dtype: type) -> Tensor:
+        return tensor(np.array(values, dtype=dtype).repeat(counts)[rows])
+
+    confident = rows_where([query.wants_confidence for query in queries])
+    candidates = rows_where([query.num_candidates > 0 for query in queries])
+    logprobs = rows_where([request.num_logprobs is not None for request in requests])
     return SamplingInputs(
         mask_id=mask_id,
-        sampled_rows=tensor(rows) if len(rows) else None,
-        temperatures=tensor(temperatures[rows]),
-        seeds=tensor(each([r.seed for r in requests], np.int64)[rows]),
-        positions=tensor((answer_positions + shift)[rows]),
-        samples=tensor(each([i.sequence.sample_index for i in scheduled], np.int64)[rows]),
-        confident_rows=tensor(confident) if len(confident) else None,
-        confidence_temperatures=tensor(softness[confident]),
-        truncation=truncation,
+        draws=_draws(scheduled, rows_where([request.temperature > 0 for request in requests]),
+                     positions, answer_rows, vocab_size, of_rows, tensor),
         edits=_edits(scheduled, counts, vocab_size, tensor),
-        logprob_rows=tensor(logprobs) if len(logprobs) else None,
-        num_top=max((r.num_logprobs or 0 for r in requests), default=0),
+        confident_rows=None if confident is None else tensor(confident),
+        confidence_temperatures=(
+            None if confident is None
+            else of_rows([query.confidence_temperature for query in queries], confident, np.float32)
+        ),
+        candidate_rows=None if candidates is None else tensor(candidates),
+        num_candidates=max((query.num_candidates for query in queries), default=0),
+        logprob_rows=None if logprobs is None else tensor(logprobs),
+        num_top=max((request.num_logprobs or 0 for request in requests), default=0),
+    )  # fmt: skip
+
+
+def _draws(
+    scheduled: SequenceOf[Scheduled],
+    rows: np.ndarray | None,
+    positions: Tensor,
+    answer_rows: np.ndarray,
+    vocab_size: int,
+    of_rows: Callable[[list[float] | list[int], np.ndarray, type], Tensor],
+    tensor: ToTensor,
+) -> Draws | None:
+    if rows is None:
+        return None
+    requests = [item.sequence.request for item in scheduled]
+    # Block passes predict their own position, causal passes the next.
+    ahead = [int(item.query.kind is PassKind.CAUSAL) for item in scheduled]
+    truncation = None
+    if any((r.top_k, r.top_p, r.min_p) != (0, 1, 0) for r in requests):
+        truncation = Truncation(
+            of_rows([r.top_k or vocab_size for r in requests], rows, np.int64),
+            of_rows([r.top_p for r in requests], rows, np.float32),
+            of_rows([r.min_p for r in requests], rows, np.float32),
+        )
+    return Draws(
+        rows=tensor(rows),
+        temperatures=of_rows([r.temperature for r in requests], rows, np.float32),
+        seeds=of_rows([r.seed for r in requests], rows, np.int64),
+        positions=positions[tensor(answer_rows[rows])] + of_rows(ahead, rows, np.int64),
+        samples=of_rows([item.sequence.sample_index for item in scheduled], rows, np.int64),
+        truncation=truncation,
     )
 
 

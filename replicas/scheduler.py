@@ -8,45 +8,29 @@ A sequence gets pages for its prefill when it is admitted and one more whenever 
 none is left, the youngest sequence of the lowest class gives its pages back and later computes its
 KV anew; its strategy keeps its state, so nothing that was decoded changes. The oldest of the
 highest class is never the victim of another, so somebody always gets on.
+
+A pass may be scheduled while the one before it is unread. What its sequences ask then has ids that
+only the device knows, and what they turn out not to need is dropped when it is read.
 """
 
+import math
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from trimode.replicas.config import EngineConfig
-from trimode.replicas.decoding.strategy import Outcome, PassKind, Position, Query, Stage
+from trimode.replicas.decoding.strategy import Outcome, PassKind, Pending, Position, Query, Stage
 from trimode.replicas.errors import InvalidRequest, Overloaded
 from trimode.replicas.governor import Governor
-from trimode.replicas.page_hash import root_hash
-from trimode.replicas.page_pool import PagePool
+from trimode.replicas.page_tables import PageCopy, PageTables
 from trimode.replicas.prefix_cache import KVEvent
 from trimode.replicas.round_sizes import set_block_sizes
+from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.sequence import Sequence
-from trimode.replicas.types import Chunk, EngineLoad, FinishReason, TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """One sequence's place in a pass."""
-
-    sequence: Sequence
-    query: Query
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What a pass answered to one query: an id per wanted position, confidences where they were
-    wanted.
-    """
-
-    token_ids: list[int]
-    confidences: list[float]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # where the request wants them
+from trimode.replicas.types import Chunk, EngineLoad, FinishReason
 
 
 class Scheduler:
-    """Owns every Sequence and the page pool."""
+    """Owns every Sequence and its pages."""
 
     def __init__(
         self,
@@ -58,12 +42,12 @@ class Scheduler:
         self._config = config
         self._clock = clock
         self._governor = governor
-        self._revision = revision  # of the model; pages of different ones are never confused
-        self._pool = PagePool(config.num_pages, config.page_size)
+        self._tables = PageTables(config, revision)
         self._waiting: list[Sequence] = []  # by rank
         self._running: list[Sequence] = []  # in the order of their turn
         self._num_added = 0
         self._num_preemptions = 0
+        self._next_deadline = math.inf
 
     @property
     def has_work(self) -> bool:
@@ -77,9 +61,9 @@ class Scheduler:
         return EngineLoad(
             waiting=len(self._waiting),
             running=len(self._running),
-            free_pages=self._pool.num_free,
-            total_pages=self._pool.num_pages,
-            cached_pages=len(self._pool.cache),
+            free_pages=self._tables.num_free,
+            total_pages=self._tables.num_pages,
+            cached_pages=self._tables.num_cached,
             num_preemptions=self._num_preemptions,
             running_by_mode=by_mode,
         )
@@ -92,17 +76,18 @@ class Scheduler:
         """
         # A block starts at a token that is known and may reach block_size - 1 past the last one.
         slots = sequence.num_prompt_tokens + sequence.request.max_tokens + block_size - 1
-        needed = self._pool.pages_for(slots)
-        if needed > self._pool.num_pages:
+        needed = self._tables.pages_for(slots)
+        if needed > self._tables.num_pages:
             raise InvalidRequest(
                 "max_tokens",
                 f"prompt of {sequence.num_prompt_tokens} and {sequence.request.max_tokens} new "
-                f"tokens need {needed} pages of {self._pool.page_size} slots; the cache has "
-                f"{self._pool.num_pages}",
+                f"tokens need {needed} pages of {self._config.page_size} slots; the cache has "
+                f"{self._tables.num_pages}",
             )
         self._admit()  # what has room now does not count as waiting
         if len(self._waiting) >= self._config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting, the limit (max_waiting)")
+        self._next_deadline = min(self._next_deadline, sequence.deadline)
         sequence.max_block_size = block_size
         sequence.order = self._num_added
         self._num_added += 1
@@ -122,18 +107,29 @@ class Scheduler:
     def expire(self) -> list[tuple[Sequence, Chunk]]:
         """End the sequences whose deadline has passed; their last chunks."""
         now = self._clock()
-        late = [s for s in (*self._waiting, *self._running) if s.deadline <= now]
+        if now < self._next_deadline:
+            return []
+        everybody = (*self._waiting, *self._running)
+        late = [s for s in everybody if s.deadline <= now]
+        self._next_deadline = min(
+            (s.deadline for s in everybody if s.deadline > now), default=math.inf
+        )
         for sequence in late:
             self.abort(sequence)
             sequence.finish_reason = FinishReason.DEADLINE
         return [(s, Chunk((), s.account(now), s.sample_index)) for s in late]
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether the next pass can be scheduled before the last one's answers are read."""
+        return not any(s.needs_host and s.awaits_answers for s in self._running)
 
     def schedule(self) -> list[Scheduled]:
         """The queries of the next pass; empty when there is nothing to do."""
         self._admit()
         queries = self._decode_queries()
         prefilling = [s for s in self._running if s.is_prefilling]
-        wanted = sum(s.prefill_end - s.num_committed for s in prefilling)
+        wanted = sum(s.prefill_end - s.num_launched for s in prefilling)
         reserved = min(wanted, self._config.prefill_tokens)
         scheduled, left = self._decode(queries, self._config.max_step_tokens - reserved)
         left += reserved
@@ -142,7 +138,7 @@ class Scheduler:
                 break
             query = _prefill_query(sequence, left)
             left -= len(query.token_ids)
-            scheduled.append(Scheduled(sequence, query))
+            scheduled.append(Scheduled(sequence, query, sequence.num_seatings))
         now = self._clock()
         for item in scheduled:
             if item.sequence.scheduled_at is None:
@@ -152,18 +148,24 @@ class Scheduler:
     def update(
         self, scheduled: Iterable[Scheduled], answers: Iterable[Answers]
     ) -> list[tuple[Sequence, Chunk]]:
-        """Take a pass's answers; returns the chunks that it brought, and frees what ended."""
+        """Take a pass's answers; returns the chunks that it brought, and frees what ended.
+
+        Answers to a sequence that has ended or lost its pages since are dropped; it asks again.
+        """
         now = self._clock()
         chunks = []
         for item, answer in zip(scheduled, answers, strict=True):
             sequence = item.sequence
-            outcome = _take(sequence, item.query, answer)
+            if item.seating != sequence.num_seatings or not sequence.page_table:
+                continue
+            query, sequence.unread = sequence.unread or item.query, None
+            outcome = _take(sequence, query, answer)
             sequence.num_committed += outcome.num_committed
             if outcome.accepted is not None:
                 sequence.accepted.append(outcome.accepted)
-                self._learn(sequence, outcome.accepted)
+                self._learn(sequence, len(query.token_ids), outcome.accepted)
             taken = sequence.append(list(outcome.emitted))
-            self._publish(sequence)
+            self._tables.publish(sequence)
             if not taken:
                 continue
             if sequence.first_token_at is None:
@@ -178,13 +180,27 @@ class Scheduler:
             chunks.append((sequence, chunk))
         return chunks
 
+    def expect(self, scheduled: Iterable[Scheduled]) -> None:
+        """These were launched and will be read after the next schedule(); the pass before them has
+        been read.
+        """
+        for item in scheduled:
+            sequence = item.sequence
+            if item.seating == sequence.num_seatings and sequence.page_table:
+                resolved = item.query if item.query.pending is None else _next_query(sequence)
+                sequence.unread = resolved
+
+    def drain_copies(self) -> list[PageCopy]:
+        """What must be copied before the pass that was just scheduled, in this order."""
+        return self._tables.drain_copies()
+
     def drain_events(self) -> list[KVEvent]:
         """What became of cached pages since the last call."""
-        return self._pool.cache.drain_events()
+        return self._tables.drain_events()
 
     def check_integrity(self) -> None:
         """Assert that every page is free, cached, or owned by exactly the sequences that use it."""
-        self._pool.check_integrity(sequence.page_table for sequence in self._running)
+        self._tables.check_integrity(self._running)
 
     def _admit(self) -> None:
         """Seat waiting sequences, best rank first; a large one is not overtaken for ever."""
@@ -202,45 +218,29 @@ class Scheduler:
         if not (self._config.prefix_cache and sequence.sample_index):
             return False
         return any(
-            s.request is sequence.request and s.sample_index == 0 and s.is_prefilling
+            s.request is sequence.request
+            and s.sample_index == 0
+            and s.num_committed < s.prefill_end
             for s in self._running
         )
 
     def _seat(self, sequence: Sequence) -> bool:
-        """Admit a waiting sequence with the pages of its prefill, cached ones first."""
+        """Let a waiting sequence run, where a seat and pages are free."""
         if len(self._running) >= self._config.max_sequences:
             return False
-        salt, hits = sequence.request.cache_salt, []
-        if self._config.prefix_cache:
-            # Of a new prompt's last token the logits are needed, so its page cannot be a hit.
-            known = sequence.prefill_end - (sequence.num_output_tokens == 0)
-            limit = known // self._pool.page_size
-            root = root_hash(self._revision, salt)
-            hits = self._pool.match(root, salt, sequence.token_ids, limit)
-        shared = [page for page, _ in hits]
-        slots = sequence.prefill_end + sequence.max_block_size
-        missing = self._pool.pages_for(slots) - len(hits)
-        idle_hits = len(shared) - self._pool.num_in_use(shared)
-        if missing > self._pool.num_free - idle_hits:
+        siblings: tuple[Sequence, ...] = ()
+        if sequence.request.n > 1:
+            siblings = tuple(s for s in self._running if s.request is sequence.request)
+        if not self._tables.seat(sequence, siblings):
             return False
-        self._pool.share(shared)
-        pages = self._pool.allocate(missing)
-        assert pages is not None, "counted above"
         self._waiting.remove(sequence)
         self._running.append(sequence)
-        sequence.page_table = shared + pages
-        sequence.page_hashes = [name for _, name in hits]
-        sequence.num_committed = len(hits) * self._pool.page_size
-        if sequence.num_output_tokens == 0:
-            sequence.num_cached = sequence.num_committed
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it will prefill again what it had committed."""
-        if not sequence.is_prefilling:
-            sequence.prefill_end = sequence.num_committed
+        sequence.prefill_end = max(sequence.prefill_end, sequence.num_committed)
         self._leave(sequence)
-        sequence.num_committed = 0
         self._num_preemptions += 1
         insort(self._waiting, sequence, key=_rank)
 
@@ -252,24 +252,30 @@ class Scheduler:
         for sequence in list(self._running):
             if sequence.is_prefilling or not sequence.page_table:
                 continue
-            query = sequence.strategy.next_query(
-                Position(
-                    sequence.token_ids[sequence.num_committed],
-                    sequence.num_committed,
-                    sequence.block_size,
-                )
-            )
-            queries[sequence] = query
-            needed = self._pool.pages_for(query.start + len(query.token_ids))
-            while sequence.page_table and len(sequence.page_table) < needed:
-                pages = self._pool.allocate(needed - len(sequence.page_table))
-                if pages is not None:
-                    sequence.page_table += pages
-                    break
+            if sequence.awaits_answers:
+                query = self._query_ahead(sequence)
+                if query is not None:
+                    queries[sequence] = query
+                continue
+            queries[sequence] = query = _next_query(sequence)
+            while sequence.page_table and not self._tables.extend(sequence, query.end):
                 victim = max(self._running, key=_rank)
                 self._preempt(victim)
                 queries.pop(victim, None)
         return queries
+
+    def _query_ahead(self, sequence: Sequence) -> Query | None:
+        """What a sequence asks after a pass that nobody has read. None where it surely has ended by
+        then, or where pages are short: nobody is preempted for a pass that may be void.
+        """
+        before = sequence.unread
+        assert before is not None
+        query = sequence.strategy.query_ahead(before, sequence.block_size)
+        num_kept = len(before.answers) if query.pending is Pending.KNOWN else 1
+        last = sequence.num_prompt_tokens + sequence.request.max_tokens - 1
+        if query.pending is Pending.KNOWN and query.start >= last:
+            return None
+        return query if self._tables.extend(sequence, query.end + num_kept - 1) else None
 
     def _decode(self, queries: dict[Sequence, Query], budget: int) -> tuple[list[Scheduled], int]:
         """Those whose query fits the budget; the others are first in the next pass."""
@@ -280,36 +286,20 @@ class Scheduler:
                 skipped.append(sequence)
                 continue
             budget -= len(query.token_ids)
-            scheduled.append(Scheduled(sequence, query))
+            scheduled.append(Scheduled(sequence, query, sequence.num_seatings))
         if skipped:
             late = set(skipped)
             self._running = skipped + [s for s in self._running if s not in late]
         return scheduled, budget
 
-    def _learn(self, sequence: Sequence, accepted: int) -> None:
+    def _learn(self, sequence: Sequence, block_size: int, accepted: int) -> None:
         if self._governor is not None and sequence.acceptance is not None:
-            assert sequence.block_size is not None, "a round without a size"
-            self._governor.observe(sequence.acceptance, sequence.block_size, accepted)
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Make the pages that are full of final KV known to the prefix cache."""
-        if not self._config.prefix_cache:
-            return
-        size, salt = self._pool.page_size, sequence.request.cache_salt
-        final = min(sequence.num_committed, len(sequence.token_ids))
-        for index in range(len(sequence.page_hashes), final // size):
-            hashes = sequence.page_hashes
-            parent = hashes[-1] if hashes else root_hash(self._revision, salt)
-            ids = sequence.token_ids[index * size : (index + 1) * size]
-            page, name = self._pool.publish(sequence.page_table[index], parent, salt, ids)
-            sequence.page_table[index] = page
-            hashes.append(name)
+            self._governor.observe(sequence.acceptance, block_size, accepted)
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.free(sequence.page_table)
-        sequence.page_table = []
-        sequence.page_hashes = []
+        self._tables.release(sequence)
+        sequence.unread = None
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
@@ -317,9 +307,16 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.request.priority, sequence.order
 
 
+def _next_query(sequence: Sequence) -> Query:
+    """What a sequence asks whose answers have all been read."""
+    start = sequence.num_launched
+    known_id = sequence.token_ids[start]
+    return sequence.strategy.next_query(Position(known_id, start, sequence.block_size))
+
+
 def _prefill_query(sequence: Sequence, budget: int) -> Query:
     """The next chunk of the prefill; a prompt's last token answers the first output token."""
-    start = sequence.num_committed
+    start = sequence.num_launched
     end = min(sequence.prefill_end, start + budget)
     first = sequence.num_output_tokens == 0  # else it only restores what a preemption took
     answers = (end - start - 1,) if first and end == sequence.prefill_end else ()
@@ -336,4 +333,7 @@ def _take(sequence: Sequence, query: Query, answer: Answers) -> Outcome:
             answer.token_ids, num_committed=len(query.token_ids), logprobs=answer.logprobs
         )
     sequence.num_forwards += 1
-    return sequence.strategy.accept(answer.token_ids, answer.confidences, answer.logprobs)
+    token_ids = answer.token_ids
+    if query.num_candidates:
+        token_ids = sequence.put_in_grammar(query, token_ids, answer.candidates)
+    return sequence.strategy.accept(token_ids, answer.confidences, answer.logprobs)

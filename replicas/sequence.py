@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from trimode.replicas.acceptance import Acceptance
-from trimode.replicas.decoding.strategy import Strategy
+from trimode.replicas.decoding.strategy import Query, Stage, Strategy
 from trimode.replicas.grammar import GrammarState
 from trimode.replicas.stop_strings import StopScanner
 from trimode.replicas.types import Finish, FinishReason, Request, Timings
@@ -30,10 +30,14 @@ class Sequence:
     page_table: list[int] = field(default_factory=list)
     page_hashes: list[int] = field(default_factory=list)  # of its published pages, root first
     num_committed: int = 0  # slots that hold final, causal KV
+    # Of a pass that was launched and will be read only after the next one is scheduled.
+    unread: Query | None = None
+    num_seatings: int = 0  # how often it was admitted; answers of an earlier seating are void
     num_cached: int = 0  # prompt tokens that the prefix cache had
     # The prefill ends here: at the prompt's end, after a preemption where decoding had come to.
     prefill_end: int = 0
     wants_edits: bool = False  # its logits are changed before the draw
+    needs_host: bool = False  # what it asks next, or its edits, depend on the last answers
     num_forwards: int = 0
     accepted: list[int] = field(default_factory=list)
     scheduled_at: float | None = None
@@ -47,6 +51,12 @@ class Sequence:
             request.has_penalties or request.logit_bias or request.min_tokens
             or request.thinking is not None or self.grammar is not None
         )  # fmt: skip
+        # A bias alone is the same at every position.
+        biased_only = not (
+            request.has_penalties or request.min_tokens
+            or request.thinking is not None or self.grammar is not None
+        )  # fmt: skip
+        self.needs_host = self.strategy.needs_host or not biased_only
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -57,8 +67,25 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_launched(self) -> int:
+        """Slots that hold final KV once every launched pass is done, at least."""
+        prefills = self.unread is not None and self.unread.stage is Stage.PREFILL
+        return self.unread.end if self.unread and prefills else self.num_committed
+
+    @property
     def is_prefilling(self) -> bool:
-        return self.num_committed < self.prefill_end
+        """Whether chunks of its prefill are still to be launched."""
+        return self.num_launched < self.prefill_end
+
+    @property
+    def awaits_answers(self) -> bool:
+        """Whether what it asks next hangs on answers that nobody has read."""
+        return self.unread is not None and len(self.unread.answers) > 0
+
+    @property
+    def starts_round(self) -> bool:
+        """Whether the block size of what it asks next may be chosen."""
+        return self.strategy.starts_round(self.unread if self.awaits_answers else None)
 
     @property
     def is_governed(self) -> bool:
@@ -104,6 +131,22 @@ class Sequence:
         if self.grammar is not None:
             self.grammar.advance(taken)
         return taken
+
+    def put_in_grammar(
+        self, query: Query, drafts: list[int], candidates: list[list[int]]
+    ) -> list[int]:
+        """The query's drafts, each exchanged for the best candidate that the grammar allows there,
+        up to where it allows none.
+        """
+        assert self.grammar is not None
+        wanted: list[list[int]] = [[token_id] for token_id in query.token_ids]
+        for index, own in zip(query.answers, candidates, strict=True):
+            wanted[index] = own
+        inside = [query.token_ids[0], *self.grammar.draft(wanted[1:])]
+        return [
+            inside[index] if index < len(inside) else draft
+            for index, draft in zip(query.answers, drafts, strict=True)
+        ]
 
     def account(self, now: float) -> Finish:
         """The closing account; the sequence must have a finish reason."""

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from trimode.replicas.config import EngineConfig
-from trimode.replicas.decoding.strategy import PassKind
+from trimode.replicas.decoding.strategy import PassKind, Pending, Query
 from trimode.replicas.engine import Engine
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
-from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.page_tables import PageCopy
+from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.types import Finish, Mode, ModelInfo, Request
 
 torch.set_num_threads(1)
@@ -126,6 +127,34 @@ def scripted_id(seed: int, position: int) -> int:
     return 4 + int.from_bytes(digest) % 60
 
 
+@dataclass(frozen=True, slots=True)
+class ScriptedPass:
+    """A pass of a ScriptedRunner."""
+
+    answers: list[Answers]
+    by_sequence: dict[Any, tuple[Query, Answers]]  # queries with all ids known
+
+
+def _with_ids(item: Scheduled, before: ScriptedPass | None) -> Query:
+    """What the device makes of a query that hangs on an unread pass, told in plain words."""
+    query = item.query
+    if query.pending is None:
+        return query
+    assert before is not None
+    asked, answers = before.by_sequence[item.sequence]
+    if query.pending is Pending.DRAFTS:
+        token_ids = [asked.token_ids[0], *answers.token_ids]
+        return replace(query, token_ids=token_ids, pending=None)
+    kept = 1
+    if len(asked.answers) > 1:
+        for draft, answer in zip(asked.token_ids[1:], answers.token_ids, strict=False):
+            if draft != answer:
+                break
+            kept += 1
+    token_ids = [answers.token_ids[kept - 1], *query.token_ids[1:]]
+    return replace(query, token_ids=token_ids, start=query.start + kept - 1, pending=None)
+
+
 class ScriptedRunner:
     """A ModelRunner without a model: the token of a position is a function of seed and position.
 
@@ -148,15 +177,32 @@ class ScriptedRunner:
             dtype="float64",
         )
         self.passes: list[list[Scheduled]] = []
+        self.copies: list[PageCopy] = []
         self._token_at = token_at
         self._drafts_right = drafts_right
 
-    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
+    def launch(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        before: ScriptedPass | None = None,
+        copies: SequenceOf[PageCopy] = (),
+    ) -> ScriptedPass:
         self.passes.append(list(scheduled))
-        return [self._answer(item) for item in scheduled]
+        self.copies += copies
+        queries = [_with_ids(item, before) for item in scheduled]
+        answers = [
+            self._answer(query, item.sequence.request.seed)
+            for item, query in zip(scheduled, queries, strict=True)
+        ]
+        sequences = [item.sequence for item in scheduled]
+        return ScriptedPass(
+            answers, dict(zip(sequences, zip(queries, answers, strict=True), strict=True))
+        )
 
-    def _answer(self, item: Scheduled) -> Answers:
-        query, seed = item.query, item.sequence.request.seed
+    def read(self, launched: ScriptedPass) -> list[Answers]:
+        return launched.answers
+
+    def _answer(self, query: Query, seed: int) -> Answers:
         causal = query.kind is PassKind.CAUSAL
         token_ids, confidences = [], []
         for index in query.answers:

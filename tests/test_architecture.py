@@ -47,6 +47,8 @@ TORCH_FREE = (
     "replicas/grammar.py",
     "replicas/stop_strings.py",
     "replicas/round_sizes.py",
+    "replicas/page_tables.py",
+    "replicas/scheduled.py",
     "replicas/sequence.py",
     "replicas/scheduler.py",
     "replicas/acceptance.py",

@@ -29,14 +29,15 @@ class BlockDiffusion:
     known token.
     """
 
+    needs_host = True  # which masks fall is seen in the confidences
+
     def __init__(self, context: DecodingContext) -> None:
         self._context = context
         threshold = context.request.threshold
         self._threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self._block: Block | None = None
 
-    @property
-    def starts_round(self) -> bool:
+    def starts_round(self, before: Query | None = None) -> bool:
         return False
 
     def next_query(self, position: Position) -> Query:
@@ -52,6 +53,9 @@ class BlockDiffusion:
             )  # fmt: skip
         last = len(block.token_ids) - 1
         return Query(Stage.COMMIT, PassKind.CAUSAL, block.token_ids, block.start, answers=(last,))
+
+    def query_ahead(self, before: Query, block_size: int | None) -> Query:
+        raise NotImplementedError("confidences come first")
 
     def accept(
         self,

@@ -4,6 +4,9 @@
 A strategy is the state machine of one sequence after its prefill, on plain ints. Between two passes
 it holds at most one block. To add a mode, write one file with a Strategy and name it in the
 registry of `modes.py`.
+
+A pass may be launched before the one before it was read. Its queries then hold PENDING where only
+the device knows an id, and `pending` says what to put there.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -33,6 +36,17 @@ class Stage(Enum):
     VERIFY = "verify"
 
 
+PENDING = -1  # a token id that the pass before leaves on the device
+
+
+class Pending(Enum):
+    """What of a query the device fills in, from the answers of the same sequence's pass before."""
+
+    # Token 0 is the last answer that the pass keeps; start moves on by one for every draft kept.
+    KNOWN = "known"
+    DRAFTS = "drafts"  # all tokens but the first are the pass's answers
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """One sequence's part of one pass: consecutive tokens at positions start, start + 1, ..."""
@@ -46,6 +60,18 @@ class Query:
     # Temperature of the softmax that confidences are read from; drafts take the request's where
     # that is not 0.
     confidence_temperature: float = 1.0
+    num_candidates: int = 0  # best ids that should come with each answer
+    pending: Pending | None = None
+
+    @property
+    def end(self) -> int:
+        """The position after the last token's."""
+        return self.start + len(self.token_ids)
+
+    @property
+    def known_after(self) -> int:
+        """Where the known token is after this causal pass, unless drafts are kept, too."""
+        return self.end if self.stage is Stage.PREFILL else self.start + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +109,24 @@ class Strategy(Protocol):
     """One sequence's decoding after its prefill."""
 
     @property
-    def starts_round(self) -> bool:
-        """Whether its next query begins a round whose block size may be chosen."""
+    def needs_host(self) -> bool:
+        """Whether what it asks next depends on answers in a way that only accept() can tell."""
+        ...
+
+    def starts_round(self, before: Query | None = None) -> bool:
+        """Whether the next query, or the one after `before`, begins a round whose block size may be
+        chosen.
+        """
         ...
 
     def next_query(self, position: Position) -> Query:
         """The pass this sequence needs next. Asking twice before accept() gives the same."""
+        ...
+
+    def query_ahead(self, before: Query, block_size: int | None) -> Query:
+        """The pass after `before`, whose answers nobody has read. Changes nothing: once they are
+        accepted, next_query() gives this query with all ids known. Not asked where needs_host.
+        """
         ...
 
     def accept(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trimode.kernels.noise import gumbel
 from trimode.kernels.sampling import (
+    Draws,
     LogitEdits,
     SamplingInputs,
     Truncation,
@@ -27,12 +28,15 @@ def inputs(
     """SamplingInputs of one row a temperature; confidence: row -> confidence temperature."""
     rows = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     confidence = confidence or {}
-    return SamplingInputs(
-        mask_id=MASK,
-        sampled_rows=torch.tensor(rows) if rows else None,
+    draws = Draws(
+        rows=torch.tensor(rows),
         temperatures=torch.tensor([temperatures[row] for row in rows]),
         seeds=torch.tensor([seeds[row] for row in rows], dtype=torch.int64),
         positions=torch.tensor([positions[row] for row in rows], dtype=torch.int64),
+    )
+    return SamplingInputs(
+        mask_id=MASK,
+        draws=draws if rows else None,
         confident_rows=torch.tensor(list(confidence)) if confidence else None,
         confidence_temperatures=torch.tensor(list(confidence.values())),
     )

@@ -8,7 +8,7 @@ from trimode.kernels.sampling import Sampled
 from trimode.replicas.batch import Batch
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
-from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Mode, Request
 
@@ -83,12 +83,12 @@ def test_only_draft_rows_run_with_the_adapter(batch: Batch, scheduled: list[Sche
 
 
 def test_sampled_answers_carry_the_position_of_the_token_they_produce(batch: Batch) -> None:
-    sampling = batch.sampling
-    assert sampling.sampled_rows is not None
-    assert sampling.sampled_rows.tolist() == [0, 2, 3, 6, 7]
-    assert sampling.positions.tolist() == [5, 5, 6, 4, 5]  # causal rows the next, block rows theirs
-    assert sampling.seeds.tolist() == [8, 2**62, 2**62, 1, 1]
-    assert sampling.temperatures.tolist() == pytest.approx([0.5, 0.7, 0.7, 1.5, 1.5])
+    draws = batch.sampling.draws
+    assert draws is not None
+    assert draws.rows.tolist() == [0, 2, 3, 6, 7]
+    assert draws.positions.tolist() == [5, 5, 6, 4, 5]  # causal rows the next, block rows theirs
+    assert draws.seeds.tolist() == [8, 2**62, 2**62, 1, 1]
+    assert draws.temperatures.tolist() == pytest.approx([0.5, 0.7, 0.7, 1.5, 1.5])
 
 
 def test_confidences_are_read_at_their_own_temperature(batch: Batch) -> None:
@@ -100,7 +100,7 @@ def test_confidences_are_read_at_their_own_temperature(batch: Batch) -> None:
 
 def test_a_greedy_batch_without_confidences_says_so(scheduled: list[Scheduled]) -> None:
     sampling = Batch.build(scheduled[1:2], 4, MASK, 64).sampling
-    assert sampling.sampled_rows is None
+    assert sampling.draws is None
     assert sampling.confident_rows is None
 
 

@@ -23,9 +23,9 @@ def make_engine(
     class Unhurried(scripted_runner):  # type: ignore[misc]
         """Slow enough that a stream is still going on when the test looks at it."""
 
-        def run(self, scheduled: Any) -> Any:
+        def launch(self, scheduled: Any, *rest: Any) -> Any:
             time.sleep(0.002)
-            return super().run(scheduled)
+            return super().launch(scheduled, *rest)
 
     return lambda: Engine(Unhurried(), small_engine())
 
@@ -86,10 +86,10 @@ async def test_a_failed_step_ends_every_stream_and_the_health(
     await anext(stream)
     loop.check_health()
 
-    def broken(scheduled: Any) -> None:
+    def broken(*given: Any) -> None:
         raise MemoryError("the device is gone")
 
-    monkeypatch.setattr(loop._engine._runner, "run", broken)
+    monkeypatch.setattr(loop._engine._runner, "launch", broken)
     with pytest.raises(Unavailable):
         async for _ in stream:
             pass
@@ -100,7 +100,7 @@ async def test_a_failed_step_ends_every_stream_and_the_health(
 async def test_a_request_that_comes_after_a_failure_is_refused_at_once(
     loop: EngineLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop._engine._runner, "run", None)  # not callable
+    monkeypatch.setattr(loop._engine._runner, "launch", None)  # not callable
     for _ in range(2):
         with pytest.raises(Unavailable):
             await tokens_of(loop, LONG)

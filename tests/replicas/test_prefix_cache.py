@@ -78,12 +78,12 @@ def test_no_page_of_a_rejected_draft_is_published(
     request = make_request(mode, 9, 40, temperature=1.5, block_size=8)
     text = [*request.prompt_ids]
     text += drain(engine, [request])["r"].token_ids
-    pool = engine._scheduler._pool
+    pool = engine._scheduler._tables._pool
     hits = pool.match(root_hash("", ""), "", text, len(text) // 4)
     assert len(pool.cache) == len(hits) >= (len(text) - 9) // 4
     cache, clean = engine._runner._cache, make_engine()
     drain(clean, [Request("r", tuple(text), Mode.AUTOREGRESSIVE, 1)])
-    other = clean._scheduler._pool.match(root_hash("", ""), "", text, len(hits))
+    other = clean._scheduler._tables._pool.match(root_hash("", ""), "", text, len(hits))
     for (page, _), (wanted, _) in zip(hits, other, strict=False):
         got = cache.keys[:, page * 4 : page * 4 + 4]
         want = clean._runner._cache.keys[:, wanted * 4 : wanted * 4 + 4]

@@ -12,7 +12,9 @@ from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES
 from trimode.replicas.decoding.strategy import DecodingContext, Stage
 from trimode.replicas.errors import InvalidRequest, Overloaded
-from trimode.replicas.scheduler import Scheduled, Scheduler
+from trimode.replicas.model_runner import run_pass
+from trimode.replicas.scheduled import Scheduled
+from trimode.replicas.scheduler import Scheduler
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Chunk, FinishReason, Mode, Request
 
@@ -52,7 +54,7 @@ class Driver:
             slots = len(item.sequence.page_table) * self.config.page_size
             assert item.query.start + len(item.query.token_ids) <= slots
             assert item.query.start == item.sequence.num_committed
-        self.take(self.scheduler.update(scheduled, self.runner.run(scheduled)))
+        self.take(self.scheduler.update(scheduled, run_pass(self.runner, scheduled)))
         self.scheduler.check_integrity()
         return scheduled
 
