@@ -11,6 +11,7 @@ from trimode.replicas.decoding.modes import ALL_MODES, Registry
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Stage
 from trimode.replicas.errors import InvalidRequest, RequestError
 from trimode.replicas.governor import Governor
+from trimode.replicas.grammar import GrammarState
 from trimode.replicas.language import Language
 from trimode.replicas.model_runner import ModelRunner
 from trimode.replicas.prefix_cache import KVEvent
@@ -75,10 +76,27 @@ class Engine:
     def load(self) -> EngineLoad:
         return self._scheduler.load()
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest or Overloaded; nothing is kept then."""
+    def compile(self, request: Request) -> GrammarState | None:
+        """The state before the first token of a request's grammar, where it has one. May take a
+        quarter of a second, on any thread. Raises InvalidRequest where the grammar is malformed.
+        """
+        if request.grammar is None:
+            return None
+        if self._language is None:
+            raise InvalidRequest("grammar", "the model has no tokenizer to read text with")
+        return self._language.grammar(request.grammar)
+
+    def add(self, request: Request, grammar: GrammarState | None = None) -> None:
+        """Queue a request. grammar: compiled before; else it is compiled here.
+
+        Raises InvalidRequest or Overloaded; nothing is kept then.
+        """
         block_size = self._check(request)
-        samples = [self._sequence(request, index, block_size) for index in range(request.n)]
+        if grammar is None:
+            grammar = self.compile(request)
+        samples = [
+            self._sequence(request, index, block_size, grammar) for index in range(request.n)
+        ]
         try:
             for sequence in samples:
                 self._scheduler.add(sequence, block_size)
@@ -161,7 +179,9 @@ class Engine:
         if not samples:
             del self._sequences[request_id]
 
-    def _sequence(self, request: Request, index: int, block_size: int) -> Sequence:
+    def _sequence(
+        self, request: Request, index: int, block_size: int, grammar: GrammarState | None
+    ) -> Sequence:
         eos = () if request.ignore_eos else (self.info.eos_id,)
         context = DecodingContext(
             request,
@@ -177,7 +197,7 @@ class Engine:
             arrived_at=self._clock(),
             token_ids=list(request.prompt_ids),
             sample_index=index,
-            grammar=language.grammar(request.grammar) if language and request.grammar else None,
+            grammar=None if grammar is None else grammar.copy(),
             stop_scanner=(
                 language.stop_scanner(request.stop_strings)
                 if language and request.stop_strings
@@ -207,13 +227,8 @@ class Engine:
                 f"prompt of {len(request.prompt_ids)} and {request.max_tokens} new tokens exceed "
                 f"the model's {info.max_positions} positions",
             )
-        if self._language is None:
-            for name, value in (
-                ("grammar", request.grammar),
-                ("stop_strings", request.stop_strings),
-            ):
-                if value:
-                    raise InvalidRequest(name, "the model has no tokenizer to read text with")
+        if self._language is None and request.stop_strings:
+            raise InvalidRequest("stop_strings", "the model has no tokenizer to read text with")
         limit = min(info.block_size, config.max_block_size)
         if request.block_size is not None and request.block_size > limit:
             raise InvalidRequest("block_size", f"at most {limit} here, is {request.block_size}")

@@ -12,6 +12,7 @@ import structlog
 
 from trimode.replicas.engine import Engine
 from trimode.replicas.errors import RequestError, Unavailable
+from trimode.replicas.grammar import GrammarState
 from trimode.replicas.types import Chunk, EngineLoad, Request
 
 logger = structlog.get_logger(__name__)
@@ -20,6 +21,7 @@ logger = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Add:
     request: Request
+    grammar: GrammarState | None
     mailbox: "_Mailbox"
 
 
@@ -43,7 +45,9 @@ class _Mailbox:
 
 
 class EngineLoop:
-    """Owns the engine after start(). All engine calls happen on its thread, between two steps."""
+    """Owns the engine after start(). All engine calls happen on its thread, between two steps; only
+    grammars are compiled on others.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -81,8 +85,11 @@ class EngineLoop:
         Raises InvalidRequest or Overloaded before the first chunk, Unavailable where the engine
         fails.
         """
+        grammar = None
+        if request.grammar is not None:  # not on the engine's thread: nobody waits for it there
+            grammar = await asyncio.to_thread(self._engine.compile, request)
         mailbox = _Mailbox(request.n)
-        self._inbox.put(_Add(request, mailbox))
+        self._inbox.put(_Add(request, grammar, mailbox))
         left = request.n  # samples that have not finished
         try:
             while left:
@@ -129,7 +136,7 @@ class EngineLoop:
                 self._load = self._engine.load()
         else:
             try:
-                self._engine.add(message.request)
+                self._engine.add(message.request, message.grammar)
             except RequestError as error:
                 _post([(message.mailbox, error)])
             else:

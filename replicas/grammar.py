@@ -82,6 +82,10 @@ class GrammarState:
         # No way to go on, or a limit of the library: only eos is allowed from then on.
         self.is_broken = False
 
+    def copy(self) -> "GrammarState":
+        """A state of its own at the same place."""
+        return GrammarState(self._matcher.deep_copy(), self._ordinary, self._eos_id)
+
     def masks(self, drafts: Sequence[int]) -> Mask:
         """[len(drafts) + 1, vocab_size]: row i says which tokens may follow the committed ones and
         the first i drafts. Rows after a draft outside the grammar, or after eos, allow everything.

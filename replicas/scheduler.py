@@ -164,9 +164,9 @@ class Scheduler:
             if outcome.accepted is not None:
                 sequence.accepted.append(outcome.accepted)
                 self._learn(sequence, len(query.token_ids), outcome.accepted)
-            taken = sequence.append(list(outcome.emitted))
+            taken = sequence.append(list(outcome.emitted)) if outcome.emitted else []
             self._tables.publish(sequence)
-            if not taken:
+            if not taken and sequence.finish_reason is None:
                 continue
             if sequence.first_token_at is None:
                 sequence.first_token_at = now

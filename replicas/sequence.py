@@ -114,6 +114,9 @@ class Sequence:
         """Take emitted tokens up to the first stop token, the end of a stop string, or max_tokens;
         returns those taken.
         """
+        if self.grammar is not None and self.grammar.is_broken:
+            self.finish_reason = FinishReason.GRAMMAR
+            return []
         room = self.request.max_tokens - self.num_output_tokens
         taken = emitted[:room]
         for index, token_id in enumerate(taken):
@@ -130,6 +133,8 @@ class Sequence:
         self.token_ids += taken
         if self.grammar is not None:
             self.grammar.advance(taken)
+            if self.grammar.is_broken:
+                self.finish_reason = FinishReason.GRAMMAR
         return taken
 
     def put_in_grammar(

@@ -35,6 +35,9 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # eos or a stop token id, the last id of the output; or a stop string ends in it
     LENGTH = "length"  # max_tokens reached
+    GRAMMAR = (
+        "grammar"  # its grammar met a limit and allows nothing more; the output is a beginning
+    )
     DEADLINE = "deadline"  # timeout_s passed; what was generated until then was sent
     ABORTED = "aborted"  # cancelled
 

@@ -61,6 +61,57 @@ def test_the_output_belongs_to_the_grammar_and_is_the_same_in_both_modes(
         assert text.startswith("{")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_are_what_the_grammar_forces(
+    engine: Engine, tokenizer: Tokenizer, drain: Any, temperature: float
+) -> None:
+    text = "qxzjk vwpfm 91735 hgbqz" * 3
+    request = Request(
+        "r", (1, *tokenizer.encode("so: ").ids), Mode.SELF_SPECULATION, 90,
+        block_size=8, temperature=temperature, seed=5,
+        grammar=Grammar(GrammarKind.REGEX, text),
+    )  # fmt: skip
+    got = drain(engine, [request])["r"]
+    assert tokenizer.decode(list(got.token_ids)) == text
+    # A text can be cut into tokens in more than one way, so not every draft is forced.
+    assert sum(got.finish.accepted) / len(got.finish.accepted) > 2.5
+
+
+@pytest.mark.parametrize("mode", [Mode.AUTOREGRESSIVE, Mode.SELF_SPECULATION])
+def test_a_grammar_that_meets_a_limit_ends_its_request_and_says_so(
+    engine: Engine, drain: Any, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = Grammar(GrammarKind.REGEX, "[a-z]{40}")
+    request = Request("r", (1, 300), mode, 60, grammar=grammar, block_size=4)
+    engine.add(request)
+    engine.add(Request("mate", (1, 300), mode, 30))
+    chunks = engine.step()
+    (sequence,) = engine._sequences["r"]
+    assert sequence.grammar is not None
+    sequence.grammar.is_broken = True
+    while engine.has_work:
+        chunks += engine.step()
+        engine.check_integrity()
+    finishes = {name: chunk.finish for name, chunk in chunks if chunk.finish is not None}
+    assert finishes["r"].reason is FinishReason.GRAMMAR
+    assert finishes["mate"].completion_tokens == 30
+
+
+def test_samples_of_a_grammar_go_their_own_ways(
+    engine: Engine, tokenizer: Tokenizer, drain: Any
+) -> None:
+    grammar = Grammar(GrammarKind.REGEX, r"(ab|cd|ef|gh){6}")
+    engine.add(Request("r", (1, 300), Mode.SELF_SPECULATION, 60, grammar=grammar, n=4,
+                       temperature=3.0, block_size=8))  # fmt: skip
+    outputs: dict[int, list[int]] = {}
+    while engine.has_work:
+        for _, chunk in engine.step():
+            outputs.setdefault(chunk.index, []).extend(chunk.token_ids)
+    texts = {tokenizer.decode(ids) for ids in outputs.values()}
+    assert len(texts) > 1
+    assert all(re.fullmatch(grammar.text, text) for text in texts)
+
+
 def test_a_malformed_grammar_is_its_own_requests_error(engine: Engine, drain: Any) -> None:
     good = Request("good", (1, 300), Mode.AUTOREGRESSIVE, 5)
     engine.add(good)
