@@ -168,6 +168,10 @@ class Engine:
         """Assert that no page is lost or shared."""
         self._scheduler.check_integrity()
 
+    def clear_cache(self) -> None:
+        """Empty the prefix cache of what no running request uses."""
+        self._scheduler.clear_cache()
+
     def drain_events(self) -> list[KVEvent]:
         """What became of cached pages since the last call, numbered."""
         return self._scheduler.drain_events()

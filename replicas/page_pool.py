@@ -96,6 +96,10 @@ class PagePool:
             else:
                 self._free.append(page)
 
+    def clear_cache(self) -> None:
+        """Forget what is cached; idle pages become free. Users of the others publish them anew."""
+        self._free += self.cache.clear()
+
     def check_integrity(self, page_tables: Iterable[list[int]]) -> None:
         """Assert that every page is free, idle in the cache, or used as often as counted; and that
         only cached pages are shared.

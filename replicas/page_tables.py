@@ -112,6 +112,13 @@ class PageTables:
         sequence.page_hashes = []
         sequence.num_committed = 0
 
+    def clear_cache(self, running: Iterable[Sequence]) -> None:
+        """Forget what nobody uses; what running sequences hold is published anew, root first."""
+        self._pool.clear_cache()
+        for sequence in running:
+            sequence.page_hashes = []
+            self.publish(sequence)
+
     def drain_copies(self) -> list[PageCopy]:
         """What must be copied before the next pass, in this order."""
         copies, self._copies = self._copies, []

@@ -16,6 +16,7 @@ class KVEventKind(Enum):
 
     STORED = "stored"  # root first
     REMOVED = "removed"  # leaf first
+    CLEARED = "cleared"  # all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,15 @@ class PrefixCache:
         del self._by_hash[entry.page_hash]
         self._tell(KVEventKind.REMOVED, entry.page_hash, entry.parent_hash)
         return page
+
+    def clear(self) -> list[int]:
+        """Forget everything; returns the pages that were idle."""
+        idle = list(self._idle)
+        self._by_hash.clear()
+        self._by_page.clear()
+        self._idle.clear()
+        self._tell(KVEventKind.CLEARED)
+        return idle
 
     def drain_events(self) -> list[KVEvent]:
         """Everything since the last call, in order."""

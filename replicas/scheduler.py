@@ -2,7 +2,9 @@
 
 Sequences of any mode in any stage share a pass. Decoding comes first, in turn, and leaves a quarter
 of the token budget to prefill while prefill has work; prefill takes what is left, oldest first, in
-chunks. Neither can starve the other, and nobody waits for anybody's round to end.
+chunks. Neither can starve the other, and nobody waits for anybody's round to end: a decoding
+sequence is left out of fewer passes in a row than sequences run, and the prompts before and of a
+sequence are prefilled at max_step_tokens / 4 a pass, at least.
 
 A sequence gets pages for its prefill when it is admitted and one more whenever it needs one. Where
 none is left, the youngest sequence of the lowest class gives its pages back and later computes its
@@ -193,6 +195,10 @@ class Scheduler:
     def drain_copies(self) -> list[PageCopy]:
         """What must be copied before the pass that was just scheduled, in this order."""
         return self._tables.drain_copies()
+
+    def clear_cache(self) -> None:
+        """Empty the prefix cache of what no running sequence uses."""
+        self._tables.clear_cache(self._running)
 
     def drain_events(self) -> list[KVEvent]:
         """What became of cached pages since the last call."""
