@@ -25,7 +25,7 @@ from trimode.replicas.look_ahead import Unread, fill_pending
 from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
-from trimode.replicas.types import FinishReason, Mode, Request
+from trimode.replicas.types import FinishReason, Mode, Priority, Request
 
 AR, DIFFUSION, SPECULATION = Mode.AUTOREGRESSIVE, Mode.BLOCK_DIFFUSION, Mode.SELF_SPECULATION
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -182,6 +182,21 @@ def test_the_pass_behind_a_stop_token_is_void(
     while engine.has_work:
         later += engine.step()
     assert {name for name, _ in later} == {"next"}
+
+
+def test_answers_to_an_earlier_seating_are_void(
+    scripted_runner: Any, make_request: Any, small_engine: Any, token_at: Any
+) -> None:
+    engine = Engine(scripted_runner(), small_engine(max_sequences=1, launch_ahead=True))
+    engine.add(make_request(AR, 4, 10, "batch", priority=Priority.BATCH))
+    tokens = [chunk.token_ids for _ in range(4) for _, chunk in engine.step()]
+    engine.add(make_request(AR, 5, 10, "interactive"))  # takes the seat at once
+    engine.abort("interactive")
+    while engine.has_work:
+        tokens += [chunk.token_ids for _, chunk in engine.step()]
+        engine.check_integrity()
+    wanted = [token_at(0, position) for position in range(4, 14)]
+    assert [token_id for own in tokens for token_id in own] == wanted
 
 
 def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> None:
