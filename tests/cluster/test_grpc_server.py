@@ -131,6 +131,17 @@ async def test_the_samples_are_the_same_in_ar_and_speculation(served: Any) -> No
     assert outputs[0] == outputs[1]
 
 
+async def test_a_sample_is_the_same_whatever_their_number(served: Any) -> None:
+    outputs = []
+    for n in (1, 3):
+        sampling = pb.Sampling(n=n, temperature=0.9, seed=12)
+        replies = await replies_of(
+            served, message(mode=pb.MODE_SELF_SPECULATION, sampling=sampling)
+        )
+        outputs.append(ids_of(reply for reply in replies if reply.index == 0))
+    assert outputs[0] == outputs[1]
+
+
 async def test_cancelling_a_call_frees_all_its_samples(served: Any) -> None:
     call = served.stub.Generate(endless(sampling=pb.Sampling(n=3, temperature=1.0)))
     seen = set()
