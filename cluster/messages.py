@@ -3,8 +3,9 @@ knows both.
 """
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
@@ -22,6 +23,9 @@ from trimode.replicas.types import (
     ThinkingBudget,
     TokenLogprobs,
 )
+
+Number = TypeVar("Number")
+Value = TypeVar("Value")
 
 MAX_NAME_CHARS = 128  # of a request id, of a cache salt
 
@@ -69,17 +73,11 @@ def to_request(
             f"{len(prompt_ids)} tokens leave no room for output; the model has "
             f"{defaults.max_positions} positions",
         )
-    mode = MODES.get(message.mode)
-    if mode is None:
-        raise InvalidRequest("mode", f"{message.mode} is not a value of trimode.v1.Mode")
-    priority = PRIORITIES.get(message.priority)
-    if priority is None:
-        raise InvalidRequest("priority", f"{message.priority} is not a trimode.v1.Priority")
     sampling, stop = message.sampling, message.stop
     return Request(
         request_id=_name("request_id", message.request_id) or f"req-{secrets.token_hex(8)}",
         prompt_ids=tuple(prompt_ids),
-        mode=mode,
+        mode=_known("mode", message.mode, MODES),
         max_tokens=(
             stop.max_tokens if stop.HasField("max_tokens") else min(defaults.max_tokens, room)
         ),
@@ -104,10 +102,17 @@ def to_request(
         threshold=message.threshold if message.HasField("threshold") else None,
         use_adapter=message.use_draft_adapter if message.HasField("use_draft_adapter") else True,
         governed=message.governed if message.HasField("governed") else True,
-        priority=priority,
+        priority=_known("priority", message.priority, PRIORITIES),
         cache_salt=_name("cache_salt", message.cache_salt),
         timeout_s=timeout_s,
     )
+
+
+def _known(field: str, number: Number, values: Mapping[Number, Value]) -> Value:
+    """What a number of an enum means; a newer client may send one that is not known here."""
+    if number not in values:
+        raise InvalidRequest(field, f"{number} is not a value of trimode.v1.{field.capitalize()}")
+    return values[number]
 
 
 def _grammar(message: pb.GenerateRequest) -> Grammar | None:
