@@ -41,6 +41,7 @@ FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+    FinishReason.GRAMMAR: pb.FINISH_REASON_GRAMMAR,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 PRIORITIES: dict[pb.Priority, Priority] = {

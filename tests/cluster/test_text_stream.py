@@ -106,7 +106,7 @@ def test_where_the_engine_stops_the_text_ends(
 
 
 def test_held_text_is_given_at_any_other_end() -> None:
-    for reason in (FinishReason.LENGTH, FinishReason.DEADLINE, FinishReason.ABORTED):
+    for reason in set(FinishReason) - {FinishReason.STOP}:
         output = RequestText(TOKENIZER, request(stop_strings=("close it",)))
         assert output.push(Chunk(tuple(TOKENIZER.encode("I close")[1:]))) == "I "
         assert output.push(Chunk((), finish(reason))) == "close"
