@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from trimode.cluster.generate_command import generate
 from trimode.replicas.errors import TrimodeError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 
@@ -43,45 +44,7 @@ def serve(
     command.run(command.load_config(config, port), ray_address)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="Token ids: 1,2,3")] = None,
-    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
-    mode: Annotated[str, typer.Option(help="auto, ar, diffusion or speculation.")] = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling noise.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Pins the block size.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Default: 0.9 in diffusion, 0 (one-pass drafts) else.")
-    ] = None,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Draft without it.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    address: Annotated[str | None, typer.Option(help="HOST:PORT of a served cluster.")] = None,
-) -> None:
-    """Continue a prompt, in this process or (with --address) on a cluster."""
-    from trimode.cluster import generate as command
-
-    if mode not in command.MODE_NAMES:
-        raise typer.BadParameter(f"{mode!r} is not one of {', '.join(command.MODE_NAMES)}")
-    options = command.Options(
-        prompt=prompt if prompt_file is None else prompt_file.read_text(),
-        prompt_ids=None if prompt_ids is None else _parse_numbers("--prompt-ids", prompt_ids, int),
-        model=model,
-        mode=command.MODE_NAMES[mode],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        block_size=block_size,
-        threshold=threshold,
-        adapter=not no_adapter,
-        dtype=dtype,
-        address=address,
-    )
-    command.run(options, as_json=as_json)
+app.command()(generate)
 
 
 @app.command()

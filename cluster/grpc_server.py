@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from trimode.cluster.config import GatewaySettings
 from trimode.cluster.dispatcher import Dispatcher
 from trimode.cluster.messages import Defaults, to_request, to_response
+from trimode.cluster.text_stream import RequestText
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.proto import inference_pb2_grpc as pb_grpc
@@ -69,12 +70,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return self._describe()
 
     async def _replies(self, request: Request) -> AsyncGenerator[pb.GenerateResponse]:
-        text = self._tokenizer.stream() if self._tokenizer else None
+        text = RequestText(self._tokenizer, request)
         async with aclosing(self._dispatcher.stream(request)) as chunks:
             async for chunk in chunks:
-                last = chunk.finish is not None
-                piece = text.push(chunk.token_ids, last=last) if text else ""
-                yield to_response(request, chunk, piece)
+                yield to_response(request, chunk, text.push(chunk))
 
 
 def _status(error: Exception) -> grpc.StatusCode:

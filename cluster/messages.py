@@ -3,8 +3,9 @@ knows both.
 """
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
@@ -19,10 +20,14 @@ from trimode.replicas.types import (
     Mode,
     Priority,
     Request,
+    ThinkingBudget,
     TokenLogprobs,
 )
 
-MAX_REQUEST_ID_LEN = 128
+Number = TypeVar("Number")
+Value = TypeVar("Value")
+
+MAX_NAME_CHARS = 128  # of a request id, of a cache salt
 
 MODES: dict[pb.Mode, Mode] = {
     pb.MODE_UNSPECIFIED: Mode.AUTO,
@@ -36,6 +41,7 @@ FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+    FinishReason.GRAMMAR: pb.FINISH_REASON_GRAMMAR,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 PRIORITIES: dict[pb.Priority, Priority] = {
@@ -68,17 +74,11 @@ def to_request(
             f"{len(prompt_ids)} tokens leave no room for output; the model has "
             f"{defaults.max_positions} positions",
         )
-    mode = MODES.get(message.mode)
-    if mode is None:
-        raise InvalidRequest("mode", f"{message.mode} is not a value of trimode.v1.Mode")
-    priority = PRIORITIES.get(message.priority)
-    if priority is None:
-        raise InvalidRequest("priority", f"{message.priority} is not a trimode.v1.Priority")
     sampling, stop = message.sampling, message.stop
     return Request(
-        request_id=_request_id(message.request_id),
+        request_id=_name("request_id", message.request_id) or f"req-{secrets.token_hex(8)}",
         prompt_ids=tuple(prompt_ids),
-        mode=mode,
+        mode=_known("mode", message.mode, MODES),
         max_tokens=(
             stop.max_tokens if stop.HasField("max_tokens") else min(defaults.max_tokens, room)
         ),
@@ -91,23 +91,43 @@ def to_request(
         top_p=_or(sampling, "top_p", 1.0),
         min_p=sampling.min_p,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbelow(MAX_SEED),
+        n=sampling.n if sampling.HasField("n") else 1,
         num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         grammar=_grammar(message),
+        thinking=_thinking(message, tokenizer),
         stop_ids=tuple(stop.stop_token_ids),
+        stop_strings=tuple(stop.stop_strings),
         min_tokens=stop.min_tokens,
         ignore_eos=stop.ignore_eos,
         block_size=message.block_size if message.HasField("block_size") else None,
         threshold=message.threshold if message.HasField("threshold") else None,
         use_adapter=message.use_draft_adapter if message.HasField("use_draft_adapter") else True,
         governed=message.governed if message.HasField("governed") else True,
-        priority=priority,
+        priority=_known("priority", message.priority, PRIORITIES),
+        cache_salt=_name("cache_salt", message.cache_salt),
         timeout_s=timeout_s,
     )
+
+
+def _known(field: str, number: Number, values: Mapping[Number, Value]) -> Value:
+    """What a number of an enum means; a newer client may send one that is not known here."""
+    if number not in values:
+        raise InvalidRequest(field, f"{number} is not a value of trimode.v1.{field.capitalize()}")
+    return values[number]
 
 
 def _grammar(message: pb.GenerateRequest) -> Grammar | None:
     kind = message.WhichOneof("grammar")
     return None if kind is None else Grammar(GrammarKind(kind), getattr(message, kind))
+
+
+def _thinking(message: pb.GenerateRequest, tokenizer: Tokenizer | None) -> ThinkingBudget | None:
+    if not message.HasField("thinking_budget"):
+        return None
+    ids = tokenizer.thinking_ids if tokenizer else None
+    if ids is None:
+        raise InvalidRequest("thinking_budget", "the model has no <think> and </think> tokens")
+    return ThinkingBudget(message.thinking_budget, *ids)
 
 
 def _or(
@@ -125,6 +145,7 @@ def to_response(request: Request, chunk: Chunk, text: str) -> pb.GenerateRespons
         token_ids=chunk.token_ids,
         mode=MODE_MESSAGES[request.mode],
         logprobs=map(_logprobs, chunk.logprobs or ()),
+        index=chunk.index,
     )
     if chunk.finish is not None:
         message.finish.CopyFrom(_finish(request, chunk.finish))
@@ -170,9 +191,7 @@ def _prompt_ids(message: pb.GenerateRequest, tokenizer: Tokenizer | None) -> lis
             raise InvalidRequest("prompt", "is required: set text or token_ids")
 
 
-def _request_id(given: str) -> str:
-    if len(given) > MAX_REQUEST_ID_LEN:
-        raise InvalidRequest(
-            "request_id", f"at most {MAX_REQUEST_ID_LEN} characters, got {len(given)}"
-        )
-    return given or f"req-{secrets.token_hex(8)}"
+def _name(field: str, given: str) -> str:
+    if len(given) > MAX_NAME_CHARS:
+        raise InvalidRequest(field, f"at most {MAX_NAME_CHARS} characters, got {len(given)}")
+    return given

@@ -29,16 +29,16 @@ class ServePool:
         Raises RequestError and its kinds, TimeoutError at the request's deadline.
         """
         response = self._streams.generate.remote(request)
-        finished = False
+        left = request.n  # samples that have not finished
         try:
             async for chunk in response:
-                finished = chunk.finish is not None
+                left -= chunk.finish is not None
                 yield chunk
         except Exception as error:
-            finished = True
+            left = 0
             raise self._translate(error) from None
         finally:
-            if not finished:
+            if left:
                 response.cancel()
 
     def _translate(self, error: Exception) -> Exception:

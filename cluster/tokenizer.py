@@ -33,6 +33,12 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
+    @property
+    def thinking_ids(self) -> tuple[int, int] | None:
+        """Ids of <think> and </think>; None where the vocabulary lacks one of them."""
+        start, end = map(self._rust.token_to_id, ("<think>", "</think>"))
+        return None if start is None or end is None else (start, end)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text to continue, beginning-of-sequence first."""
         return [self._bos_id, *self._rust.encode(text, add_special_tokens=False).ids]

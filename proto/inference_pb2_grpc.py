@@ -64,7 +64,8 @@ class InferenceServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams the output. One message holds all tokens that one engine step committed; the last one has `finish`.
+        """Streams the output. One message holds all tokens that one engine step committed for one sample; each sample's
+        last one has `finish`. The stream ends when all samples have finished.
         Cancelling the call, or letting its deadline pass, frees everything the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -64,7 +64,7 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     ("cluster/__main__.py", "trimode.cluster.bench.command"),
     ("cluster/__main__.py", "trimode.cluster.bench.metrics"),
     ("cluster/__main__.py", "trimode.cluster.bench.workload"),
-    ("cluster/__main__.py", "trimode.cluster.generate"),
+    ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
     # After its backend was chosen.
     ("cluster/bench/plot.py", "matplotlib"),

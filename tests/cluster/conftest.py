@@ -80,7 +80,7 @@ async def served(engine: Engine) -> AsyncIterator[Served]:
         Dispatcher(pools, config.pools, board, auto_concurrency=4, max_streams=64),
         Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1),
         Defaults(max_tokens=32, max_positions=engine.info.max_positions),
-        describe=lambda: pb.GetModelResponse(name="bundled"),
+        describe=lambda: pb.GetModelResponse(name="bundled", has_tokenizer=True),
     )
     server = GrpcServer(config.gateway, servicer)
     await server.start()

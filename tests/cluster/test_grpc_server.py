@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
@@ -11,8 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from trimode.cluster.grpc_server import SERVICE_NAME
+from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
+from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 
+LOADED = Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1)
+assert LOADED is not None
+TOKENIZER = LOADED
 PROMPT = "def __init__(self"
 ALL_MODES = (pb.MODE_AUTOREGRESSIVE, pb.MODE_BLOCK_DIFFUSION, pb.MODE_SELF_SPECULATION)
 
@@ -48,6 +53,18 @@ async def rest_of(call: Any) -> list[pb.GenerateResponse]:
     while (reply := await call.read()) is not grpc.aio.EOF:
         replies.append(reply)
     return replies
+
+
+async def replies_of(served: Any, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+    return [reply async for reply in served.stub.Generate(request)]
+
+
+def ids_of(replies: Iterable[pb.GenerateResponse]) -> list[int]:
+    return [token_id for reply in replies for token_id in reply.token_ids]
+
+
+def text_of(replies: Iterable[pb.GenerateResponse]) -> str:
+    return "".join(reply.text for reply in replies)
 
 
 async def failure_of(
@@ -93,6 +110,119 @@ async def test_a_cancelled_call_frees_everything(served: Any) -> None:
     await until(lambda: idle(served))
 
 
+async def test_every_sample_has_an_index_and_a_finish_of_its_own(served: Any) -> None:
+    sampling = pb.Sampling(n=3, temperature=1.0, seed=3)
+    replies = await replies_of(served, message(mode=pb.MODE_SELF_SPECULATION, sampling=sampling))
+    by_sample = [[reply for reply in replies if reply.index == index] for index in range(3)]
+    for own in by_sample:
+        assert [reply.HasField("finish") for reply in own] == [False] * (len(own) - 1) + [True]
+        assert len(ids_of(own)) == own[-1].finish.usage.completion_tokens
+        assert text_of(own) == TOKENIZER.decode(ids_of(own))
+    assert len({text_of(own) for own in by_sample}) == 3
+    await until(lambda: idle(served))
+
+
+async def test_the_samples_are_the_same_in_ar_and_speculation(served: Any) -> None:
+    outputs = []
+    for mode in (pb.MODE_AUTOREGRESSIVE, pb.MODE_SELF_SPECULATION):
+        sampling = pb.Sampling(n=3, temperature=0.9, seed=11)
+        replies = await replies_of(served, message(mode=mode, sampling=sampling))
+        outputs.append([ids_of(r for r in replies if r.index == index) for index in range(3)])
+    assert outputs[0] == outputs[1]
+
+
+async def test_a_sample_is_the_same_whatever_their_number(served: Any) -> None:
+    outputs = []
+    for n in (1, 3):
+        sampling = pb.Sampling(n=n, temperature=0.9, seed=12)
+        replies = await replies_of(
+            served, message(mode=pb.MODE_SELF_SPECULATION, sampling=sampling)
+        )
+        outputs.append(ids_of(reply for reply in replies if reply.index == 0))
+    assert outputs[0] == outputs[1]
+
+
+async def test_cancelling_a_call_frees_all_its_samples(served: Any) -> None:
+    call = served.stub.Generate(endless(sampling=pb.Sampling(n=3, temperature=1.0)))
+    seen = set()
+    while len(seen) < 3:
+        seen.add((await call.read()).index)
+    await until(lambda: served.loop.load.running == 3)
+    assert served.board.num_in_flight == 1
+    call.cancel()
+    await until(lambda: idle(served))
+
+
+async def test_samples_that_finish_early_leave_the_others_to_be_cancelled(served: Any) -> None:
+    # At this seed the samples come to the stop string at different steps.
+    sampling = pb.Sampling(n=3, temperature=1.0, seed=1)
+    stop = pb.StopConditions(max_tokens=1900, stop_strings=["self"], ignore_eos=True)
+    call = served.stub.Generate(message(mode=pb.MODE_AUTOREGRESSIVE, sampling=sampling, stop=stop))
+    while not (await call.read()).HasField("finish"):
+        pass
+    assert not idle(served)
+    call.cancel()
+    await until(lambda: idle(served))
+
+
+async def test_samples_that_the_queue_cannot_hold_are_refused_together(served: Any) -> None:
+    error = await failure_of(served, message(sampling=pb.Sampling(n=64)))
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    await until(lambda: idle(served))
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+async def test_a_stop_string_is_never_shown_and_its_ids_are(served: Any, mode: pb.Mode) -> None:
+    free = await replies_of(served, message(mode=mode))
+    text = text_of(free)
+    stop_string = text[len(text) // 3 :][:5]  # it lies across tokens wherever they are cut
+    stop = pb.StopConditions(stop_strings=["never in it", stop_string])
+    replies = await replies_of(served, message(mode=mode, stop=stop))
+    assert text_of(replies) == text[: text.index(stop_string)]
+    assert replies[-1].finish.reason == pb.FINISH_REASON_STOP
+    ids = ids_of(replies)
+    assert ids == ids_of(free)[: len(ids)]
+    assert stop_string in TOKENIZER.decode(ids)
+    assert stop_string not in TOKENIZER.decode(ids[:-1])
+
+
+async def test_text_that_only_began_like_a_stop_string_is_shown_at_the_end(served: Any) -> None:
+    text = text_of(await replies_of(served, message()))
+    stop = pb.StopConditions(stop_strings=[text[-4:] + "never"])
+    replies = await replies_of(served, message(stop=stop))
+    assert text_of(replies) == text
+    assert replies[-1].finish.reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_a_stop_id_ends_the_ids_and_has_no_text(served: Any) -> None:
+    free = ids_of(await replies_of(served, message()))
+    stop = pb.StopConditions(stop_token_ids=[free[5]])
+    replies = await replies_of(served, message(stop=stop))
+    ids = ids_of(replies)
+    assert ids == free[: free.index(free[5]) + 1]
+    assert text_of(replies) == TOKENIZER.decode(ids[:-1])
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+async def test_a_thinking_budget_ends_the_thinking_of_a_prompt(served: Any, mode: pb.Mode) -> None:
+    think, end = TOKENIZER.thinking_ids or (0, 0)
+    prompt = pb.TokenIds(ids=[*TOKENIZER.encode("def"), think])
+    request = pb.GenerateRequest(token_ids=prompt, mode=mode, thinking_budget=6)
+    ids = ids_of(await replies_of(served, request))
+    assert ids.index(end) == 6
+    assert len(ids) > 7
+
+
+async def test_a_prompt_is_cached_for_its_own_salt_only(served: Any) -> None:
+    prompt = "# a prompt that no other test has sent, of more than a page of tokens\n"
+    cached = []
+    for salt in ("mine", "yours", "mine"):
+        replies = await replies_of(served, message(text=prompt, cache_salt=salt))
+        cached.append(replies[-1].finish.usage.cached_tokens)
+    assert cached[:2] == [0, 0]
+    assert cached[2] > 0
+
+
 async def test_a_deadline_ends_the_call_and_frees_everything(served: Any) -> None:
     error = await failure_of(served, endless(), timeout=0.5)
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -109,6 +239,10 @@ async def test_a_deadline_ends_the_call_and_frees_everything(served: Any) -> Non
         ({"stop": pb.StopConditions(max_tokens=5000)}, "2048 positions"),
         ({"stop": pb.StopConditions(stop_token_ids=[9999])}, "stop_token_ids: ids must be in"),
         ({"text": None, "token_ids": pb.TokenIds(ids=[2048])}, "prompt_token_ids: ids must be in"),
+        ({"sampling": pb.Sampling(n=65)}, "n: must be in [1, 64]"),
+        ({"stop": pb.StopConditions(stop_strings=["x" * 129])}, "stop_strings: each must have 1"),
+        ({"regex": "(", "mode": pb.MODE_AUTOREGRESSIVE}, "grammar"),
+        ({"regex": "a", "thinking_budget": 1}, "thinking_budget: cannot be combined"),
     ],
 )
 async def test_a_mistake_is_invalid_argument_with_field_and_limit(

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.cluster.messages import FINISH_REASONS, Defaults, to_request, to_response
+from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
+from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.types import (
     Chunk,
     Finish,
@@ -17,6 +19,7 @@ from trimode.replicas.types import (
     Priority,
     Ranking,
     Request,
+    ThinkingBudget,
     Timings,
     TokenLogprobs,
 )
@@ -74,6 +77,18 @@ def test_the_default_output_shrinks_to_what_the_model_has_room_for() -> None:
             pb.GenerateRequest(token_ids=IDS, stop=pb.StopConditions(stop_token_ids=[1] * 65)),
             "stop_token_ids",
         ),
+        (
+            pb.GenerateRequest(token_ids=IDS, stop=pb.StopConditions(stop_strings=["a"] * 17)),
+            "stop_strings",
+        ),
+        (
+            pb.GenerateRequest(token_ids=IDS, stop=pb.StopConditions(stop_strings=[""])),
+            "stop_strings",
+        ),
+        (pb.GenerateRequest(token_ids=IDS, sampling=pb.Sampling(n=0)), "n"),
+        (pb.GenerateRequest(token_ids=IDS, sampling=pb.Sampling(n=65)), "n"),
+        (pb.GenerateRequest(token_ids=IDS, cache_salt="x" * 129), "cache_salt"),
+        (pb.GenerateRequest(token_ids=IDS, thinking_budget=3), "thinking_budget"),
         (pb.GenerateRequest(token_ids=IDS, block_size=0), "block_size"),
         (pb.GenerateRequest(token_ids=IDS, threshold=1.5), "threshold"),
     ],
@@ -171,3 +186,33 @@ def test_logprobs_are_asked_for_and_answered() -> None:
     reply = to_response(request, chunk, "")
     assert reply.logprobs[0].logprob == -0.5
     assert [top.token_id for top in reply.logprobs[0].top] == [5, 6]
+
+
+def test_samples_stop_strings_and_salt_arrive_in_the_request() -> None:
+    message = pb.GenerateRequest(
+        token_ids=IDS,
+        sampling=pb.Sampling(n=3),
+        stop=pb.StopConditions(stop_strings=["a", "bc"]),
+        cache_salt="tenant",
+    )
+    request = convert(message)
+    assert (request.n, request.stop_strings, request.cache_salt) == (3, ("a", "bc"), "tenant")
+
+
+def test_unset_they_mean_one_sample_no_stop_string_and_no_salt() -> None:
+    request = convert(pb.GenerateRequest(token_ids=IDS))
+    assert (request.n, request.stop_strings, request.cache_salt) == (1, (), "")
+    assert request.thinking is None
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_thinking_budget_knows_the_tokens_around_the_thinking(budget: int) -> None:
+    tokenizer = Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1)
+    message = pb.GenerateRequest(token_ids=IDS, thinking_budget=budget)
+    request = to_request(message, tokenizer, DEFAULTS, None)
+    assert request.thinking == ThinkingBudget(budget, start_id=12, end_id=13)
+
+
+def test_a_message_names_its_sample() -> None:
+    request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8, n=3)
+    assert to_response(request, Chunk((7,), index=2), "t").index == 2

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
 
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.replicas.errors import CheckpointError
@@ -39,6 +41,15 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path, BOS)
+
+
+def test_the_tokens_around_a_thinking_are_known_by_name() -> None:
+    assert TOKENIZER.thinking_ids == (12, 13)
+
+
+def test_a_vocabulary_that_lacks_one_of_them_has_none() -> None:
+    rust = RustTokenizer(BPE(vocab={"<think>": 0}, merges=[]))
+    assert Tokenizer(rust, BOS).thinking_ids is None
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,0 +1,51 @@
+"""Parsers for what one command-line option holds. They raise BadParameter, to which typer adds the
+option's name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+
+def ids(text: str) -> Sequence[int]:
+    """'1,2,3'"""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"takes ids like 1,2,3, got {text!r}") from None
+
+
+def biases(text: str) -> Mapping[int, float]:
+    """'5=-100,7=2.5'"""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(token_id): float(bias) for token_id, bias in pairs}
+    except ValueError:
+        raise typer.BadParameter(f"takes pairs like 5=-100,7=2.5, got {text!r}") from None
+
+
+def text_or_file(text: str) -> str:
+    """The text itself, or where it is @NAME that of a file, less the newline at its end."""
+    return file_text(text[1:]).removesuffix("\n") if text.startswith("@") else text
+
+
+def file_text(name: str) -> str:
+    """The text of a file."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"{name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{name} is not UTF-8 text") from None
+
+
+def one_of(names: Mapping[str, str]) -> Callable[[str], str]:
+    """A parser of the keys of a mapping to its values."""
+
+    def parse(name: str) -> str:
+        if name not in names:
+            raise typer.BadParameter(f"not one of {', '.join(names)}")
+        return names[name]
+
+    return parse
