@@ -66,7 +66,9 @@ class Batch:
         starts = np.array([query.start for query in queries])
         query_start = np.concatenate(([0], lens.cumsum()))
         owner = np.repeat(np.arange(len(queries)), lens)  # [num_tokens]
-        token_ids = tensor(np.concatenate([np.asarray(query.token_ids) for query in queries]))
+        token_ids = tensor(
+            np.concatenate([np.asarray(query.token_ids, dtype=np.int64) for query in queries])
+        )
         shifts = None
         if unread is not None and any(query.pending for query in queries):
             shifts = fill_pending(scheduled, query_start, token_ids, unread)

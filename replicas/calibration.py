@@ -148,7 +148,6 @@ def _sequence(info: ModelInfo, context_len: int, num_rows: int) -> Sequence:
         strategy=ALL_MODES[request.mode](context),
         stop_ids=context.stop_ids,
         arrived_at=0.0,
-        token_ids=list(prompt),
     )
 
 

@@ -199,7 +199,6 @@ class Engine:
             strategy=self._modes[request.mode](context),
             stop_ids=context.stop_ids,
             arrived_at=self._clock(),
-            token_ids=list(request.prompt_ids),
             sample_index=index,
             grammar=None if grammar is None else grammar.copy(),
             stop_scanner=(

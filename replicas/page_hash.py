@@ -14,6 +14,11 @@ def root_hash(revision: str, salt: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{len(revision)}:{revision}{salt}".encode())
 
 
-def page_hash(parent: int, token_ids: Sequence[int]) -> int:
-    """64-bit hash of one full page after the page (or root) hashed parent."""
-    return xxhash.xxh3_64_intdigest(np.asarray(token_ids, dtype="<u4").tobytes(), seed=parent)
+def page_bytes(token_ids: Sequence[int]) -> bytes:
+    """A page's token ids as they are hashed and compared: four bytes each, little-endian."""
+    return np.asarray(token_ids, dtype="<u4").tobytes()
+
+
+def page_hash(parent: int, text: bytes) -> int:
+    """64-bit hash of one full page, given as page_bytes, after the page (or root) hashed parent."""
+    return xxhash.xxh3_64_intdigest(text, seed=parent)

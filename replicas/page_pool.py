@@ -5,7 +5,7 @@ tensors.
 from collections.abc import Iterable, Sequence
 
 from trimode.replicas.errors import TrimodeError
-from trimode.replicas.page_hash import page_hash
+from trimode.replicas.page_hash import page_bytes, page_hash
 from trimode.replicas.prefix_cache import CachedPage, PrefixCache
 
 
@@ -46,9 +46,9 @@ class PagePool:
         """
         found, parent = [], root
         for index in range(limit):
-            ids = token_ids[index * self.page_size : (index + 1) * self.page_size]
-            name = page_hash(parent, ids)
-            page = self.cache.find(name, parent, salt, ids)
+            text = page_bytes(token_ids[index * self.page_size : (index + 1) * self.page_size])
+            name = page_hash(parent, text)
+            page = self.cache.find(name, parent, salt, text)
             if page is None:
                 break
             found.append((page, name))
@@ -73,10 +73,11 @@ class PagePool:
         Where the cache has the same text already, that page is shared and the given one freed, so
         that users of a page always use its cached ancestors, too.
         """
-        name = page_hash(parent, token_ids)
-        known = self.cache.find(name, parent, salt, token_ids)
+        text = page_bytes(token_ids)
+        name = page_hash(parent, text)
+        known = self.cache.find(name, parent, salt, text)
         if known is None:
-            self.cache.add(CachedPage(page, name, parent, salt, tuple(token_ids)))
+            self.cache.add(CachedPage(page, name, parent, salt, text))
             return page, name
         if known != page:
             self.share([known])

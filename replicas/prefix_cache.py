@@ -6,7 +6,6 @@ leaves every cached prefix whole.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -37,7 +36,7 @@ class CachedPage:
     page_hash: int
     parent_hash: int
     salt: str
-    token_ids: tuple[int, ...]
+    text: bytes  # its token ids (page_hash.page_bytes)
 
 
 class PrefixCache:
@@ -60,14 +59,12 @@ class PrefixCache:
     def num_idle(self) -> int:
         return len(self._idle)
 
-    def find(
-        self, page_hash: int, parent_hash: int, salt: str, token_ids: Sequence[int]
-    ) -> int | None:
+    def find(self, page_hash: int, parent_hash: int, salt: str, text: bytes) -> int | None:
         """The page of this text; None also where another text has the same hash."""
         entry = self._by_hash.get(page_hash)
         if entry is None or (entry.parent_hash, entry.salt) != (parent_hash, salt):
             return None
-        return entry.page if entry.token_ids == tuple(token_ids) else None
+        return entry.page if entry.text == text else None
 
     def add(self, entry: CachedPage) -> None:
         """Take a page in use into the cache, unless its hash is taken."""

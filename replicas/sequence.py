@@ -1,5 +1,6 @@
 """Sequence: the progress of one sample of a request. Only the scheduler changes it."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from trimode.replicas.acceptance import Acceptance
@@ -19,7 +20,7 @@ class Sequence:
     strategy: Strategy
     stop_ids: frozenset[int]
     arrived_at: float  # time.monotonic()
-    token_ids: list[int]  # prompt and output
+    token_ids: "array[int]" = field(init=False)  # prompt and output; four bytes each
     order: int = -1  # of arrival, once it is queued
     sample_index: int = 0  # below the request's n
     grammar: GrammarState | None = None
@@ -45,6 +46,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
+        self.token_ids = array("I", self.request.prompt_ids)
         self.prefill_end = self.num_prompt_tokens
         request = self.request
         self.wants_edits = bool(
@@ -130,7 +132,7 @@ class Sequence:
         else:
             if len(taken) == room:
                 self.finish_reason = FinishReason.LENGTH
-        self.token_ids += taken
+        self.token_ids.extend(taken)
         if self.grammar is not None:
             self.grammar.advance(taken)
             if self.grammar.is_broken:

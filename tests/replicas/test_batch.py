@@ -22,9 +22,8 @@ def item(make_request: Callable[..., Request]) -> Callable[..., Scheduled]:
     def make(page_table: list[int], query: Query, **own: Any) -> Scheduled:
         request = make_request(Mode.AUTOREGRESSIVE, **own)
         strategy = Autoregressive(DecodingContext(request, MASK, frozenset(), 1))
-        tokens = list(request.prompt_ids)
         return Scheduled(
-            Sequence(request, strategy, frozenset(), 0.0, tokens, page_table=page_table), query
+            Sequence(request, strategy, frozenset(), 0.0, page_table=page_table), query
         )
 
     return make

@@ -3,12 +3,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.decoding.strategy import Stage
 from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.errors import InvalidRequest, Overloaded
+from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.types import FinishReason, Mode, Request
 
 AR, DIFFUSION, SPECULATION = Mode.AUTOREGRESSIVE, Mode.BLOCK_DIFFUSION, Mode.SELF_SPECULATION
@@ -214,3 +216,20 @@ def test_timings_run_from_arrival_over_the_first_token_to_the_end(
 def test_the_runner_tells_what_is_served(make_engine: Any) -> None:
     info = make_engine().info
     assert (info.vocab_size, info.eos_id, info.mask_id) == (64, 2, 3)
+
+
+def test_512_sequences_of_all_modes_run_at_once(
+    tiny_model: Any, make_request: Any, small_engine: Any, drain: Any
+) -> None:
+    config = small_engine(num_pages=512 * 8, max_sequences=512, max_step_tokens=512 * 8)
+    engine = Engine(TorchModelRunner(tiny_model(torch.float32), config), config)
+    modes = list(Mode)[1:]
+    crowd = [
+        make_request(modes[i % 3], 2 + i % 5, 6, f"r{i}", block_size=4, ignore_eos=True)
+        for i in range(512)
+    ]
+    for request in crowd:
+        engine.add(request)
+    engine.step()
+    assert engine.load().running == 512
+    assert {len(got.token_ids) for got in drain(engine).values()} == {6}

@@ -203,7 +203,7 @@ def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> 
     def item(name: str, query: Query) -> Scheduled:
         request = make_request(SPECULATION, request_id=name)
         context = DecodingContext(request, 3, frozenset(), 3)
-        return Scheduled(Sequence(request, SelfSpeculation(context), frozenset(), 0.0, []), query)
+        return Scheduled(Sequence(request, SelfSpeculation(context), frozenset(), 0.0), query)
 
     block, decode, draft = (
         item("block", Query(Stage.DRAFT, PassKind.DRAFT, [PENDING, 3, 3], 8, (1, 2),

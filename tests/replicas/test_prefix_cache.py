@@ -6,7 +6,7 @@ import pytest
 
 from trimode.replicas.engine import Engine
 from trimode.replicas.model_runner import TorchModelRunner
-from trimode.replicas.page_hash import page_hash, root_hash
+from trimode.replicas.page_hash import page_bytes, page_hash, root_hash
 from trimode.replicas.prefix_cache import CachedPage, PrefixCache
 from trimode.replicas.types import Mode, Priority, Request
 
@@ -92,17 +92,18 @@ def test_no_page_of_a_rejected_draft_is_published(
 
 def test_a_collision_is_a_miss() -> None:
     cache = PrefixCache()
-    cache.add(CachedPage(0, page_hash=99, parent_hash=1, salt="", token_ids=(1, 2)))
-    assert cache.find(99, 1, "", (1, 2)) == 0
-    assert cache.find(99, 1, "", (1, 3)) is None
-    assert cache.find(99, 1, "tenant", (1, 2)) is None
-    assert cache.find(99, 2, "", (1, 2)) is None
+    cache.add(CachedPage(0, page_hash=99, parent_hash=1, salt="", text=b"12"))
+    assert cache.find(99, 1, "", b"12") == 0
+    assert cache.find(99, 1, "", b"13") is None
+    assert cache.find(99, 1, "tenant", b"12") is None
+    assert cache.find(99, 2, "", b"12") is None
 
 
 def test_hashes_depend_on_every_token_and_on_all_that_came_before() -> None:
     root = root_hash("model", "salt")
-    assert page_hash(root, (1, 2)) != page_hash(root, (1, 3))
-    assert page_hash(page_hash(root, (1, 2)), (5,)) != page_hash(page_hash(root, (1, 3)), (5,))
+    one, two, next_page = page_bytes((1, 2)), page_bytes((1, 3)), page_bytes((5,))
+    assert page_hash(root, one) != page_hash(root, two)
+    assert page_hash(page_hash(root, one), next_page) != page_hash(page_hash(root, two), next_page)
     assert root_hash("ab", "c") != root_hash("a", "bc")
 
 

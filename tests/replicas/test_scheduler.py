@@ -42,7 +42,7 @@ class Driver:
         block_size = request.block_size or 1
         stop_ids = frozenset((2, *request.stop_ids))
         strategy = ALL_MODES[mode](DecodingContext(request, 3, stop_ids, block_size))
-        sequence = Sequence(request, strategy, stop_ids, 0.5, list(request.prompt_ids))
+        sequence = Sequence(request, strategy, stop_ids, 0.5)
         self.scheduler.add(sequence, block_size)
         return sequence
 

@@ -75,7 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size = 1 if mode is Mode.AUTOREGRESSIVE else block_size
         context = DecodingContext(request, 3, frozenset((2,)), block_size)
         strategy = ALL_MODES[mode](context)
-        sequence = Sequence(request, strategy, context.stop_ids, self.now, list(prompt))
+        sequence = Sequence(request, strategy, context.stop_ids, self.now)
         full = self.scheduler.load().waiting == MAX_WAITING
         try:
             self.scheduler.add(sequence, block_size)
