@@ -35,7 +35,7 @@ def build_engine(
     """An engine over a checkpoint's runner, ready to step; dtype as for build_runner.
 
     governed: a governor picks the block sizes that requests leave open, by the step-time profile in
-    the file given, or else by one that is measured now, which takes up to a minute or two.
+    the file given, or else by one that is measured now, which takes some seconds.
     Raises CheckpointError and ConfigError.
     """
     runner = build_runner(folder, config, dtype=dtype, adapter=adapter, progress=progress)
