@@ -51,6 +51,7 @@ app.command()(generate)
 def calibrate(
     model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="How long to measure, about.")] = 5.0,
     out: Annotated[Path, typer.Option(help="The profile; its plot lies beside it.")] = Path(
         "profile.json"
     ),
@@ -58,7 +59,7 @@ def calibrate(
     """Measure this machine's step times, on which block sizes are chosen."""
     from trimode.cluster import calibrate as command
 
-    command.run(model, dtype, out)
+    command.run(model, dtype, out, seconds)
 
 
 @app.command()

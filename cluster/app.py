@@ -63,5 +63,10 @@ def _pool(config: ClusterConfig, pool: PoolSettings) -> Application:
         ),
     )(Replica)
     return replica.bind(
-        str(config.model.folder), config.model.dtype, max(1, int(pool.cpus)), engine
+        str(config.model.folder),
+        config.model.dtype,
+        max(1, int(pool.cpus)),
+        engine,
+        governed=pool.governed,
+        profile=pool.profile,
     )

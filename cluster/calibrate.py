@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from trimode.replicas.calibration import measure
@@ -15,14 +15,18 @@ from trimode.replicas.step_profile import StepProfile
 LONG_CONTEXT_PAGES = 2048  # 32,768 slots: 16 sequences of the longest context measured
 
 
-def run(model: Path, dtype: str, out: Path) -> None:
-    """Measure, print, write `out` and the picture beside it. Raises TrimodeError."""
+def run(model: Path, dtype: str, out: Path, seconds: float) -> None:
+    """Measure for about so many seconds, print, write `out` and the picture beside it. Raises
+    TrimodeError.
+    """
     if not out.parent.is_dir():
         raise ConfigError(f"--out: the folder {out.parent} does not exist")
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"--seconds must be over 0, is {seconds}")
     if out.suffix != ".json":
         raise ConfigError(f"--out must end in .json, is {out.name}")
     console = Console(stderr=True)
-    profile = _measure(model, dtype, console)
+    profile = _measure(model, dtype, seconds, console)
     profile.save(out)
     picture = out.with_suffix(".png")
     plot(profile, picture)
@@ -30,15 +34,16 @@ def run(model: Path, dtype: str, out: Path) -> None:
     console.print(f"wrote {out} and {picture}", highlight=False, soft_wrap=True)
 
 
-def _measure(folder: Path, dtype: str, console: Console) -> StepProfile:
+def _measure(folder: Path, dtype: str, seconds: float, console: Console) -> StepProfile:
     config = EngineConfig(num_pages=LONG_CONTEXT_PAGES)
     runner = build_runner(folder, config, dtype=dtype)
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("measuring"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)
         return measure(
-            runner, config, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+            runner, config, seconds,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
 
 
 def _table(profile: StepProfile) -> Table:

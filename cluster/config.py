@@ -48,6 +48,10 @@ class PoolSettings(_Settings):
     replicas: int = Field(1, ge=1)
     cpus: float = Field(1, gt=0)  # per replica
     gpus: float = Field(0, ge=0)  # per replica
+    # A governor picks the block sizes that requests leave open; none where max_block_size is 1.
+    governed: bool = True
+    # What `trimode calibrate` wrote on such hardware; None: each replica measures at its start.
+    profile: Path | None = None
 
     @property
     def decoding_mode(self) -> Mode:

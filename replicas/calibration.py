@@ -1,9 +1,13 @@
-"""Calibration: measures a StepProfile on the hardware at hand, through the model runner itself."""
+"""Calibration: measures a StepProfile on the hardware at hand, through the model runner itself.
+
+A few sweeps over a small grid, cheap passes first, within a budget of seconds. What the budget does
+not reach is left out of the grid, and the profile prolongs what it has.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from itertools import product
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,57 +20,69 @@ from trimode.replicas.model.weights import Progress
 from trimode.replicas.model_runner import ModelRunner, run_pass
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
-from trimode.replicas.step_profile import Floats, Grid, StepProfile
+from trimode.replicas.step_profile import Floats, StepProfile
 from trimode.replicas.types import Mode, ModelInfo, Request
 
 NUM_SEQUENCES = (1, 4, 16, 64, 256)
 ROWS_PER_SEQUENCE = (1, 4, 8, 16, 32)
 CONTEXT_LENS = (64, 512, 2048)
 MAX_ROWS = 512  # of a measured pass; larger ones are prolonged from smaller ones
-NUM_SWEEPS = 4  # the fastest counts: whatever else the machine does only adds
-LONG_PASS_S = 0.1  # measured once
+MAX_SLOTS = 4096  # that the passes read: more than a processor's cache holds of a real model
+DEFAULT_SECONDS = 5.0
+NUM_SWEEPS = 5  # the fastest counts: whatever else the machine does only adds
+CONTEXT_PER_ROW = 32  # slots of context that cost about as much as a row; only to plan with
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A pass to measure: sequences that all look alike."""
+
+    num_sequences: int
+    rows: int  # of each
+    context_len: int  # of each
+    drafts: bool
+
+    @property
+    def work(self) -> float:
+        """What it costs, in rows, about."""
+        return self.num_sequences * (self.rows + self.context_len / CONTEXT_PER_ROW)
+
+
+Times = Mapping[Point, float]  # seconds of the points that were measured
 
 
 def measure(
     runner: ModelRunner[Any],
     config: EngineConfig,
+    seconds: float = DEFAULT_SECONDS,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepProfile:
-    """Takes seconds to minutes. The engine must be idle: its cache's slots are overwritten.
+    """Takes about the seconds given, or less; with a slow model at least a few passes of one
+    sequence. The engine must be idle: its cache's slots are overwritten.
 
-    progress(done, total) is called after each pass.
+    progress(done, total) is called after each pass, made or left out.
     """
+    ends = clock() + seconds
     sequences, rows, contexts = axes(runner.info, config)
-    points = list(_points(sequences, rows, config))
-    grids = {True: _empty(sequences, rows, contexts), False: _empty(sequences, rows, contexts)}
-    cells = [(d, n, r, c) for d in grids for n, r in points for c in range(len(contexts))]
-    _fill(runner, config)
-    _run(runner, _items(runner.info, config, 1, rows[-1], contexts[0], drafts=True))  # warm up
+    points = plan(sequences, rows, contexts, config)
+    stopwatch = _Stopwatch(runner, config, clock)
+    stopwatch.seconds(points[0])  # warm up
+    times: dict[Point, float] = {}
+    second_a_unit = 0.0
     # Sweep by sweep, so that a busy moment of the machine does not meet all tries of a point.
     for sweep in range(NUM_SWEEPS):
-        for done, (drafts, n, r, c) in enumerate(cells, start=1 + sweep * len(cells)):
-            if not grids[drafts][n, r, c] > LONG_PASS_S:  # NaN at first
-                items = _items(runner.info, config, sequences[n], rows[r], contexts[c], drafts)
-                grids[drafts][n, r, c] = np.fmin(
-                    grids[drafts][n, r, c], _seconds(runner, items, clock)
-                )
+        for done, point in enumerate(points, start=1 + sweep * len(points)):
+            known = times.get(point, np.inf)
+            units = point.work + stopwatch.slots_to_write(point)
+            expected = known if point in times else second_a_unit * units
+            is_needed = sweep == 0 and _is_needed(point, rows, contexts)
+            if is_needed or clock() + expected <= ends:
+                times[point] = min(known, stopwatch.seconds(point))
+                second_a_unit = times[point] / point.work
             if progress is not None:
-                progress(done, NUM_SWEEPS * len(cells))
-    info = runner.info
-    return StepProfile(
-        num_sequences=sequences,
-        rows_per_sequence=rows,
-        context_lens=contexts,
-        causal_s=_prolonged(grids[False], rows),
-        draft_s=_prolonged(grids[True], rows),
-        machine=describe_machine("torch", "trimode"),
-        model={
-            "vocab_size": info.vocab_size,
-            "dtype": info.dtype,
-            "has_draft_adapter": info.has_draft_adapter,
-        },
-    )
+                progress(done, NUM_SWEEPS * len(points))
+    return _profile(times, sequences, rows, contexts, runner.info)
 
 
 def axes(
@@ -81,62 +97,97 @@ def axes(
     return (*sequences, max(1, most)), rows, contexts or (0,)
 
 
-def _points(
-    sequences: SequenceOf[int], rows: SequenceOf[int], config: EngineConfig
-) -> Iterator[tuple[int, int]]:
-    """Indices of the (sequences, rows) to measure: two for each number of sequences at least."""
-    limit = min(MAX_ROWS, config.max_step_tokens)
-    for n, r in product(range(len(sequences)), range(len(rows))):
-        if r < 2 or sequences[n] * rows[r] <= limit:
-            yield n, r
-
-
-def _empty(*lists: SequenceOf[int]) -> Floats:
-    return np.full([len(values) for values in lists], np.nan)
-
-
-def _items(
-    info: ModelInfo,
+def plan(
+    sequences: SequenceOf[int],
+    rows: SequenceOf[int],
+    contexts: SequenceOf[int],
     config: EngineConfig,
-    num_sequences: int,
-    num_rows: int,
-    context_len: int,
-    drafts: bool,
-) -> list[Scheduled]:
-    """A pass of sequences that all look alike, on pages of their own while there are enough."""
-    pages = -(-(context_len + num_rows) // config.page_size)
-    kind = PassKind.CAUSAL
-    if drafts:
-        kind = PassKind.DRAFT if info.has_draft_adapter else PassKind.DENOISE
-    query = Query(
-        stage=Stage.DRAFT if drafts else Stage.VERIFY,
-        kind=kind,
-        token_ids=(0,) + (info.mask_id if drafts else 0,) * (num_rows - 1),
-        start=context_len,
-        answers=range(1 if drafts and num_rows > 1 else 0, num_rows),
-    )
-    scheduled = []
-    for index in range(num_sequences):
-        sequence = _sequence(info, context_len, num_rows)
-        table = np.arange(index * pages, (index + 1) * pages) % config.num_pages
-        sequence.page_table = table.tolist()
-        sequence.num_committed = context_len
-        scheduled.append(Scheduled(sequence, query))
-    return scheduled
+) -> list[Point]:
+    """The points to measure, cheap ones first: all rows at the shortest context, and what more
+    context adds to the fewest and the most of them. It adds the same to a draft.
+    """
+    limit = min(MAX_ROWS, config.max_step_tokens)
+    points = []
+    for n in sequences:
+        measured = [r for r in rows if r in rows[:2] or n * r <= limit]
+        points += [Point(n, r, contexts[0], d) for r in measured for d in (False, True)]
+        ends = dict.fromkeys((measured[0], measured[-1]))
+        points += [Point(n, r, c, False) for c in contexts[1:] for r in ends]
+    return sorted(points, key=lambda point: point.work)
 
 
-def _fill(runner: ModelRunner[Any], config: EngineConfig) -> None:
-    """Write every slot once: memory that nobody wrote may read faster than memory is."""
-    size = config.page_size
-    together = max(1, min(MAX_ROWS, config.max_step_tokens) // size)
-    query = Query(Stage.PREFILL, PassKind.CAUSAL, (0,) * size, start=0, answers=(size - 1,))
-    for first in range(0, config.num_pages, together):
-        items = []
-        for page in range(first, min(first + together, config.num_pages)):
-            sequence = _sequence(runner.info, size, 1)
-            sequence.page_table = [page]
-            items.append(Scheduled(sequence, query))
-        _run(runner, items)
+def _is_needed(point: Point, rows: SequenceOf[int], contexts: SequenceOf[int]) -> bool:
+    """Whether there is no profile without it."""
+    return point.num_sequences == 1 and point.rows in rows[:2] and point.context_len == contexts[0]
+
+
+class _Stopwatch:
+    """Takes the time of passes. Pages are written before they are first read: memory that nobody
+    wrote may read faster than memory is.
+    """
+
+    def __init__(
+        self, runner: ModelRunner[Any], config: EngineConfig, clock: Callable[[], float]
+    ) -> None:
+        self._runner = runner
+        self._size = config.page_size
+        self._max_pages = min(config.num_pages, max(1, MAX_SLOTS // config.page_size))
+        self._together = max(1, min(MAX_ROWS, config.max_step_tokens) // config.page_size)
+        self._written = 0  # pages, from the first
+        self._clock = clock
+
+    def seconds(self, point: Point) -> float:
+        """Of one pass, until its answers are on the host."""
+        self._write(self._pages(point))
+        items = self._items(point)
+        begin = self._clock()
+        run_pass(self._runner, items)
+        return self._clock() - begin
+
+    def slots_to_write(self, point: Point) -> int:
+        """Before it can be measured."""
+        return max(0, self._pages(point) - self._written) * self._size
+
+    def _pages(self, point: Point) -> int:
+        return min(self._max_pages, point.num_sequences * self._pages_each(point))
+
+    def _pages_each(self, point: Point) -> int:
+        return -(-(point.context_len + point.rows) // self._size)
+
+    def _items(self, point: Point) -> list[Scheduled]:
+        """On pages of their own while there are enough."""
+        info, rows, drafts = self._runner.info, point.rows, point.drafts
+        kind = PassKind.CAUSAL
+        if drafts:
+            kind = PassKind.DRAFT if info.has_draft_adapter else PassKind.DENOISE
+        query = Query(
+            stage=Stage.DRAFT if drafts else Stage.VERIFY,
+            kind=kind,
+            token_ids=(0,) + (info.mask_id if drafts else 0,) * (rows - 1),
+            start=point.context_len,
+            answers=range(1 if drafts and rows > 1 else 0, rows),
+        )
+        each = self._pages_each(point)
+        scheduled = []
+        for index in range(point.num_sequences):
+            sequence = _sequence(info, point.context_len, rows)
+            table = np.arange(index * each, (index + 1) * each) % self._max_pages
+            sequence.page_table = table.tolist()
+            sequence.num_committed = point.context_len
+            scheduled.append(Scheduled(sequence, query))
+        return scheduled
+
+    def _write(self, num_pages: int) -> None:
+        size = self._size
+        query = Query(Stage.PREFILL, PassKind.CAUSAL, (0,) * size, start=0, answers=(size - 1,))
+        while self._written < num_pages:
+            items = []
+            for page in range(self._written, min(self._written + self._together, num_pages)):
+                sequence = _sequence(self._runner.info, size, 1)
+                sequence.page_table = [page]
+                items.append(Scheduled(sequence, query))
+            run_pass(self._runner, items)
+            self._written += len(items)
 
 
 def _sequence(info: ModelInfo, context_len: int, num_rows: int) -> Sequence:
@@ -151,22 +202,71 @@ def _sequence(info: ModelInfo, context_len: int, num_rows: int) -> Sequence:
     )
 
 
-def _seconds(
-    runner: ModelRunner[Any], items: SequenceOf[Scheduled], clock: Callable[[], float]
-) -> float:
-    begin = clock()
-    _run(runner, items)
-    return clock() - begin
+def _profile(
+    times: Times,
+    sequences: SequenceOf[int],
+    rows: SequenceOf[int],
+    contexts: SequenceOf[int],
+    info: ModelInfo,
+) -> StepProfile:
+    """Of the sequences and contexts that were reached."""
+    first = contexts[0]
+    reached = tuple(
+        n
+        for n in sequences
+        if all(Point(n, r, first, d) in times for r in rows[:2] for d in (False, True))
+    )
+    far = [c for c in contexts[1:] if _added(times, 1, rows, first, c) is not None]
+    context_s = np.zeros((len(reached), len(rows), 1 + len(far)))
+    for n, count in enumerate(reached):
+        for c, context in enumerate(far, start=1):
+            added = _added(times, count, rows, first, context)
+            # Each sequence reads its own context, so it costs so much more for more of them.
+            before = context_s[n - 1, :, c] * count / reached[n - 1]
+            context_s[n, :, c] = before if added is None else added
+    context_s = np.maximum.accumulate(context_s, axis=2)  # a longer one that was faster is noise
+    causal, draft = (
+        np.array([[times.get(Point(n, r, first, d), np.nan) for r in rows] for n in reached])
+        for d in (False, True)
+    )
+    return StepProfile(
+        num_sequences=reached,
+        rows_per_sequence=tuple(rows),
+        context_lens=(first, *far),
+        causal_s=(_prolonged(causal, rows)[:, :, None] + context_s).tolist(),
+        draft_s=(_prolonged(draft, rows)[:, :, None] + context_s).tolist(),
+        machine=describe_machine("torch", "trimode"),
+        model={
+            "vocab_size": info.vocab_size,
+            "dtype": info.dtype,
+            "has_draft_adapter": info.has_draft_adapter,
+        },
+    )
 
 
-def _run(runner: ModelRunner[Any], items: SequenceOf[Scheduled]) -> None:
-    """One pass, until its answers are on the host."""
-    run_pass(runner, items)
+def _added(
+    times: Times, num_sequences: int, rows: SequenceOf[int], first: int, context: int
+) -> Floats | None:
+    """What a context adds to the first one's seconds, for all rows: a line through what it adds to
+    the fewest and to the most. None where that was not measured.
+    """
+    known = [r for r in rows if Point(num_sequences, r, context, False) in times]
+    known = [r for r in known if Point(num_sequences, r, first, False) in times]
+    if rows[0] not in known:
+        return None
+    low, high = (
+        times[Point(num_sequences, r, context, False)]
+        - times[Point(num_sequences, r, first, False)]
+        for r in (known[0], known[-1])
+    )
+    slope = max(0.0, high - low) / max(1, known[-1] - known[0])
+    return max(0.0, low) + slope * (np.array(rows, dtype=np.float64) - rows[0])
 
 
-def _prolonged(grid: Floats, rows: SequenceOf[int]) -> Grid:
-    """What was not measured, along the steeper of two lines: through the last two points that were
-    measured, which sees a knee, and through the first and the last, which survives noise.
+def _prolonged(grid: Floats, rows: SequenceOf[int]) -> Floats:
+    """What was not measured of [sequences, rows], along the steeper of two lines: through the last
+    two points that were measured, which sees a knee, and through the first and the last, which
+    survives noise.
     """
     for r in range(2, len(rows)):
         last = grid[:, r - 1]
@@ -176,4 +276,4 @@ def _prolonged(grid: Floats, rows: SequenceOf[int]) -> Grid:
         )
         guess = last + np.maximum(slope, 0) * (rows[r] - rows[r - 1])
         grid[:, r] = np.where(np.isnan(grid[:, r]), guess, grid[:, r])
-    return tuple(tuple(tuple(line) for line in plane) for plane in grid.tolist())
+    return grid

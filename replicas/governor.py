@@ -1,67 +1,33 @@
 """Governor: picks the block size of every self-speculating sequence that starts a round.
 
-It maximises the tokens that a steady state of the present batch keeps per second. A sequence with
-block size b > 1 brings b rows to each pass and keeps E(b) tokens every two passes (draft, verify);
-with b = 1 it brings one row and keeps one token a pass, which is plain AR.
+It takes the sizes that keep the most tokens a second by the step-time profile and each sequence's
+own acceptance, holds on to them while another choice promises little more, and spends a small part
+of its tokens on finding out about sequences that decode plainly.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trimode.replicas.acceptance import BLOCK_SIZES, DEFAULT_PRIOR, NUM_DRAFTS, Acceptance
-from trimode.replicas.step_profile import Floats, StepProfile
+from trimode.replicas.acceptance import (
+    BLOCK_SIZES,
+    DEFAULT_PRIOR,
+    IDLE_ROUNDS,
+    NUM_DRAFTS,
+    Acceptance,
+)
+from trimode.replicas.size_problem import Candidate, Companions, Ints, SizeProblem
+from trimode.replicas.step_profile import RowCurve, StepProfile
 
-Ints = NDArray[np.int64]
-
-ROWS = np.array(BLOCK_SIZES, dtype=np.float64)
-# Tokens a pass, given E(b) tokens a round.
-PER_PASS = np.array([1.0] + [0.5] * (len(BLOCK_SIZES) - 1))
-FORBIDDEN = -1e9  # tokens of a size that is not allowed
-with np.errstate(divide="ignore"):
-    PER_ROW = np.where(ROWS[:, None] < ROWS, 1 / (ROWS - ROWS[:, None]), 0)  # [from, to]
-LARGER = np.where(ROWS[:, None] < ROWS, 0, -np.inf)  # a step leads to a larger size
-MAX_ENUMERATED = 4  # sequences whose combinations are all tried
-COMBINATIONS = {
-    count: np.array(
-        sorted(
-            product(range(len(BLOCK_SIZES)), repeat=count),
-            key=lambda sizes: sum(BLOCK_SIZES[size] for size in sizes),
-        )
-    )
-    for count in range(1, MAX_ENUMERATED + 1)
-}  # [num_combinations, count], fewest rows first: of equals the cheaper one wins
-COMBINATION_ROWS = {count: ROWS[sizes].sum(axis=1) for count, sizes in COMBINATIONS.items()}
 RATIO_DECAY = 0.98  # of measured over predicted seconds, a step
-# The engine's own acceptance outlives that of any sequence.
-ENGINE_DECAY, ENGINE_IDLE_DECAY = 0.998, 0.9995
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sequence that is about to start a round."""
-
-    acceptance: Acceptance
-    current: int  # the block size of its last round; 0: it had none
-    tokens_left: int  # wanted still
-    context_len: int  # slots it has cached
-
-
-@dataclass(frozen=True, slots=True)
-class Companions:
-    """Everybody else in the batch, as an average pass sees them."""
-
-    autoregressive: int = 0  # sequences with one row and one token a pass
-    block_sequences: int = 0  # in the middle of a round, or with a size that is not ours to pick
-    block_rows: int = 0
-    block_tokens: float = 0.0  # expected a pass
-    prefill_sequences: int = 0
-    prefill_rows: int = 0
-    context_tokens: int = 0  # slots cached by all of them
+# The engine's own acceptance outlives that of any sequence; its prior is only where it starts.
+ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.995, 8.0
+MAX_CREDIT = 16.0  # tokens that may be saved up to be lost to probes
+PROBE = 1  # index of a probe's size
+CONTEXT_BUCKET = 32  # slots a sequence, on average, that one row curve stands for
+MAX_CURVES = 256  # kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,103 +41,6 @@ class GovernorStats:
     seconds_ratio: float  # measured over predicted step seconds, decayed; 1 before the first
 
 
-class _Problem:
-    """One choice: tokens and rows of each candidate by size, and the seconds that rows cost."""
-
-    def __init__(
-        self, profile: StepProfile, candidates: Sequence[Candidate], companions: Companions
-    ) -> None:
-        expected = np.array([c.acceptance.expected_by_size for c in candidates])
-        self.tokens = expected * PER_PASS  # [num_candidates, num_sizes]
-        self.base_tokens = companions.autoregressive + companions.block_tokens
-        self.base_rows = companions.autoregressive + companions.block_rows + companions.prefill_rows
-        self.always_drafts = companions.block_sequences > 0
-        self.indices = np.arange(len(candidates))
-        sequences = len(candidates) + companions.autoregressive + companions.block_sequences
-        curve = profile.row_curve(
-            sequences + companions.prefill_sequences,
-            companions.context_tokens + sum(c.context_len for c in candidates),
-        )
-        self._knots = curve.rows
-        self._causal_s = curve.causal_s
-        # Of sequences in mid-round half draft and half verify, one by one or pass by pass.
-        self._mixed_s = (curve.causal_s + curve.draft_s) / 2
-
-    def goodput(self, tokens: Floats, rows: Floats) -> Floats:
-        """Tokens a second, the candidates bringing these tokens and rows to a pass."""
-        rows = rows + self.base_rows
-        seconds = np.interp(rows, self._knots, self._mixed_s)
-        if not self.always_drafts:
-            plain = rows == self.base_rows + len(self.indices)
-            seconds = np.where(plain, np.interp(rows, self._knots, self._causal_s), seconds)
-        return np.asarray((tokens + self.base_tokens) / seconds)
-
-    def goodput_of(self, sizes: Ints) -> float:
-        """Of one size index for each candidate."""
-        tokens, rows = self.tokens[self.indices, sizes].sum(), ROWS[sizes].sum()
-        return float(self.goodput(tokens, rows))
-
-    def best(self, allowed: NDArray[np.bool_]) -> Ints:
-        """Size indices [num_candidates] of the best goodput; allowed is [num_candidates,
-        num_sizes], with at least one True in a row.
-        """
-        tokens = np.where(allowed, self.tokens, FORBIDDEN)
-        if len(tokens) <= MAX_ENUMERATED:
-            combinations = COMBINATIONS[len(tokens)]
-            total = tokens[self.indices, combinations].sum(axis=1)
-            rows = COMBINATION_ROWS[len(tokens)]
-            return np.asarray(combinations[self.goodput(total, rows).argmax()])
-        return self._best_of_many(tokens, allowed)
-
-    def _best_of_many(self, tokens: Floats, allowed: NDArray[np.bool_]) -> Ints:
-        """Greedy along every candidate's concave hull, best tokens per row first: exact for each
-        number of rows that it passes, and one of many candidates is all that lies between two.
-        Beside it, the same size for all: a governor should not lose to a fixed setting.
-        """
-        start = allowed.argmax(axis=1)
-        gains, costs, owners, sizes = _hull_steps(tokens, start)
-        order = np.argsort(-gains / costs, kind="stable")
-        total = np.cumsum(np.append(tokens[self.indices, start].sum(), gains[order]))
-        rows = np.cumsum(np.append(ROWS[start].sum(), costs[order]))
-        greedy = self.goodput(total, rows)
-        stop = int(greedy.argmax())
-        chosen = start.copy()
-        taken = order[:stop]
-        np.maximum.at(chosen, owners[taken], sizes[taken])
-
-        # Where a size is not allowed, the largest one below it, or the smallest that is.
-        order_of = np.where(allowed, np.arange(len(BLOCK_SIZES)), -1)
-        uniform = np.maximum(np.maximum.accumulate(order_of, axis=1), start[:, None])
-        total = np.take_along_axis(tokens, uniform, axis=1).sum(axis=0)
-        same = self.goodput(total, ROWS[uniform].sum(axis=0))
-        if same.max() > greedy[stop]:
-            return np.asarray(uniform[:, same.argmax()])
-        return np.asarray(chosen)
-
-
-def _hull_steps(tokens: Floats, start: Ints) -> tuple[Floats, Floats, Ints, Ints]:
-    """Steps up the upper concave hulls: tokens gained, rows added, candidate, size reached. Those
-    of a candidate ascend.
-    """
-    # [num_candidates, from, to]
-    slopes = (tokens[:, None, :] - tokens[:, :, None]) * PER_ROW + LARGER
-    reached = slopes.argmax(axis=2)
-    indices = np.arange(len(tokens))
-    flat = slopes.reshape(-1, len(BLOCK_SIZES))  # gathering is quicker than another max
-    rising = (flat[np.arange(len(flat)), reached.ravel()] > 0).reshape(reached.shape)
-    steps = np.zeros_like(rising)
-    steps[indices, start] = True
-    for size in range(len(BLOCK_SIZES) - 1):
-        steps[:, size] &= rising[:, size]
-        climbing = indices[steps[:, size]]
-        steps[climbing, reached[climbing, size]] = True
-    steps[:, -1] = False
-    owners, sizes = steps.nonzero()
-    goals = reached[owners, sizes]
-    gains = tokens[owners, goals] - tokens[owners, sizes]
-    return gains, ROWS[goals] - ROWS[sizes], owners, goals
-
-
 class Governor:
     """Chooses for one engine. Not thread-safe: it belongs to the engine's thread."""
 
@@ -180,20 +49,43 @@ class Governor:
         profile: StepProfile,
         max_block_size: int = BLOCK_SIZES[-1],
         prior: Sequence[float] = DEFAULT_PRIOR,
-        hysteresis: float = 0.05,
+        hysteresis: float = 0.04,
+        explored: float = 0.005,
     ) -> None:
-        """hysteresis: the gain that a change must promise, as a part of what there is."""
+        """hysteresis: the gain that a change must promise, as a part of what there is. explored:
+        tokens that may be lost to probes, as a part of all; 0 makes none.
+        """
         self._profile = profile
         self._max_block_size = max_block_size
         self._hysteresis = hysteresis
-        self._engine = Acceptance(prior, ENGINE_DECAY, ENGINE_IDLE_DECAY)
+        self._engine = Acceptance(
+            prior, ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT
+        )
+        self._explored = explored
+        self._credit = MAX_CREDIT if explored else 0.0  # tokens that may be lost to probes now
+        self._curves: dict[tuple[int, int], RowCurve] = {}
         self._rounds: Counter[int] = Counter()
         # One more than there are drafts: differences, summed up only for a snapshot.
         self._tried = [0] * (NUM_DRAFTS + 1)
         self._kept = [0] * (NUM_DRAFTS + 1)
+        self._passes = 0
+        self._has_drafted = False  # since the last revisit
         self._steps = 0
         self._predicted_s = 0.0
         self._measured_s = 0.0
+
+    def revisits(self) -> bool:
+        """Called once a pass: whether sequences of size 1 are asked again, too. They decode as AR
+        does meanwhile, at no cost.
+        """
+        self._passes += 1
+        if self._passes % IDLE_ROUNDS:
+            return False
+        if not self._has_drafted:
+            # What was learnt long ago is still believed, but a few probes may change it.
+            self._engine.idle(self._engine.probabilities)
+        self._has_drafted = False
+        return True
 
     def new_acceptance(self) -> Acceptance:
         """Of a new sequence: what the engine saw of late is its prior."""
@@ -203,52 +95,63 @@ class Governor:
         """The block size of each starting sequence's round."""
         if not starting:
             return []
-        problem = _Problem(self._profile, starting, companions)
-        limits = np.minimum([c.tokens_left for c in starting], self._max_block_size)
-        allowed: NDArray[np.bool_] = np.maximum(limits, 1).reshape(-1, 1) >= ROWS
-        chosen = problem.best(allowed)
-        current = np.array([c.current for c in starting])
-        held = (current[:, None] == ROWS) & allowed
-        if held.any():
-            chosen = self._hold(problem, chosen, held, allowed)
+        problem = SizeProblem(
+            starting, companions, self._curve(starting, companions), self._max_block_size
+        )
+        problem.favour([c.current for c in starting], self._hysteresis)
+        chosen = problem.best()
+        if self._credit > 0:
+            chosen = self._probe(problem, chosen, starting)
         sizes = [BLOCK_SIZES[index] for index in chosen.tolist()]
         self._rounds.update(sizes)
         return sizes
 
-    def _hold(
-        self,
-        problem: _Problem,
-        best: Ints,
-        held: NDArray[np.bool_],
-        allowed: NDArray[np.bool_],
-    ) -> Ints:
-        """Change sizes only where it pays: for the whole batch, or for a sequence by itself, whose
-        part in the batch may be too small to be seen.
+    def _probe(self, problem: SizeProblem, chosen: Ints, starting: Sequence[Candidate]) -> Ints:
+        """Who decodes plainly learns nothing of its drafts: let the one that has done so for the
+        longest time draft a little, where the tokens that this may cost have been saved up.
         """
-        is_held: NDArray[np.bool_] = np.any(held, axis=1)
-        if not (is_held & (best != held.argmax(axis=1))).any():
-            return best
-        keep = held.argmax(axis=1)
-        if not is_held.all():
-            keep = problem.best(np.where(is_held[:, None], held, allowed))
-        before = problem.goodput_of(keep)
-        if problem.goodput_of(best) > before * (1 + self._hysteresis):
-            return best
-        old, new = problem.tokens[problem.indices, keep], problem.tokens[problem.indices, best]
-        tokens = old.sum() - old + new
-        rows = ROWS[keep].sum() - ROWS[keep] + ROWS[best]
-        gain = problem.goodput(tokens, rows) / before - 1
-        part = np.maximum(old, new) / (old.sum() + problem.base_tokens)
-        changed = np.where(gain > self._hysteresis * part, best, keep)
-        return changed if problem.goodput_of(changed) > before else keep
+        plain = (chosen == 0) & (problem.tokens[:, PROBE] > 0)
+        if not plain.any():
+            return chosen
+        index = max(
+            plain.nonzero()[0].tolist(), key=lambda i: starting[i].acceptance.rounds_untried
+        )
+        probed = chosen.copy()
+        probed[index] = PROBE
+        lost = problem.round_loss(chosen, probed)
+        if lost > self._credit:
+            return chosen
+        self._credit -= max(lost, 0.0)
+        return probed
+
+    def _curve(self, starting: Sequence[Candidate], companions: Companions) -> RowCurve:
+        """Of this batch; contexts of a like length share one."""
+        sequences = len(starting) + companions.autoregressive + companions.block_sequences
+        sequences += companions.prefill_sequences
+        context = companions.context_tokens + sum([c.context_len for c in starting])
+        key = (sequences, round(context / sequences / CONTEXT_BUCKET))
+        curve = self._curves.get(key)
+        if curve is None:
+            if len(self._curves) == MAX_CURVES:
+                self._curves.clear()
+            average = key[1] * CONTEXT_BUCKET
+            curve = self._profile.row_curve(sequences, average * sequences)
+            self._curves[key] = curve
+        return curve
 
     def observe(self, acceptance: Acceptance, block_size: int, accepted: int) -> None:
         """A round of a sequence ended, with so many tokens kept, the bonus token included."""
+        self._credit = min(MAX_CREDIT, self._credit + self._explored * accepted)
+        if block_size == 1:
+            acceptance.rounds_untried += 1
+            if acceptance.rounds_untried % IDLE_ROUNDS == 0:
+                acceptance.idle(self._engine.probabilities)
+            return
+        self._has_drafted = True
         acceptance.observe(block_size, accepted)
         self._engine.observe(block_size, accepted)
-        if block_size > 1:
-            self._tried[min(accepted, block_size - 1, NUM_DRAFTS)] += 1
-            self._kept[min(accepted - 1, NUM_DRAFTS)] += 1
+        self._tried[min(accepted, block_size - 1, NUM_DRAFTS)] += 1
+        self._kept[min(accepted - 1, NUM_DRAFTS)] += 1
 
     def observe_step(
         self,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from trimode.replicas.acceptance import load_prior
 from trimode.replicas.calibration import measure
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine, StepRecord
@@ -35,14 +36,15 @@ def build_engine(
     """An engine over a checkpoint's runner, ready to step; dtype as for build_runner.
 
     governed: a governor picks the block sizes that requests leave open, by the step-time profile in
-    the file given, or else by one that is measured now, which takes up to a minute or two.
+    the file given, or else by one that is measured now, which takes some seconds. Its prior is the
+    checkpoint's where that carries one.
     Raises CheckpointError and ConfigError.
     """
     runner = build_runner(folder, config, dtype=dtype, adapter=adapter, progress=progress)
     governor = None
     if governed and config.max_block_size > 1:
         measured = measure(runner, config) if profile is None else StepProfile.load(profile)
-        governor = Governor(measured, config.max_block_size)
+        governor = Governor(measured, config.max_block_size, load_prior(folder))
     language = Language.load(folder, runner.info)
     return Engine(runner, config, language=language, governor=governor, on_step=on_step)
 

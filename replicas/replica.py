@@ -15,8 +15,16 @@ class Replica:
     """One copy of the model. Every replica can run every mode up to its largest block."""
 
     def __init__(
-        self, model_folder: str, dtype: str, num_threads: int, engine: EngineConfig
+        self,
+        model_folder: str,
+        dtype: str,
+        num_threads: int,
+        engine: EngineConfig,
+        *,
+        governed: bool = True,
+        profile: Path | None = None,
     ) -> None:
+        """governed, profile: as for build_engine. Raises CheckpointError and ConfigError."""
         # Here and not above: whoever builds or routes to the application names this class without
         # paying for torch.
         import torch
@@ -24,7 +32,9 @@ class Replica:
         from trimode.replicas.loading import build_engine
 
         torch.set_num_threads(num_threads)
-        self._engine = build_engine(Path(model_folder), engine, dtype=dtype)
+        self._engine = build_engine(
+            Path(model_folder), engine, dtype=dtype, governed=governed, profile=profile
+        )
         self._loop = EngineLoop(self._engine)
         self._loop.start()
 

@@ -1,15 +1,19 @@
 """Between scheduler and governor: who starts a round, and in what company."""
 
-from trimode.replicas.governor import Candidate, Companions, Governor
+from trimode.replicas.governor import Governor
 from trimode.replicas.sequence import Sequence
+from trimode.replicas.size_problem import Candidate, Companions
 
 
 def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
     """Give every governed sequence that starts a round its block size."""
+    revisits = governor.revisits()
     decoding = [s for s in running if not s.is_prefilling]
     starting = []
     for sequence in decoding:
         if not (sequence.starts_round and sequence.is_governed):
+            continue
+        if sequence.block_size == 1 and not revisits:
             continue
         if sequence.acceptance is None:
             sequence.acceptance = governor.new_acceptance()

@@ -49,8 +49,8 @@ class StepProfile:
     draft_s: Grid  # with the draft adapter where the model has one
     machine: Mapping[str, Any] = field(default_factory=dict)  # what it was measured on
     model: Mapping[str, Any] = field(default_factory=dict)
-    _grids: Floats = field(init=False, repr=False, compare=False)  # [2, *axes]
-    _rows: Floats = field(init=False, repr=False, compare=False)  # rows a sequence, and FAR_ROWS
+    _grids: Floats = field(init=False, repr=False, compare=False)  # [2, sequences, knots, contexts]
+    _knots: Floats = field(init=False, repr=False, compare=False)  # rows of the whole pass
 
     def __post_init__(self) -> None:
         for name in AXES:
@@ -59,13 +59,10 @@ class StepProfile:
         grids = np.stack([_grid(name, getattr(self, name), shape) for name in GRIDS])
         # A larger pass that measured faster is noise, and a price below zero would mislead.
         grids = np.maximum.accumulate(grids, axis=2)
-        rows = np.array(self.rows_per_sequence, dtype=np.float64)
-        far = grids[:, :, -1:]
-        if len(rows) > 1:
-            slope = (grids[:, :, -1:] - grids[:, :, -2:-1]) / (rows[-1] - rows[-2])
-            far = far + slope * FAR_ROWS
-        object.__setattr__(self, "_grids", np.concatenate((grids, far), axis=2))
-        object.__setattr__(self, "_rows", np.append(rows, rows[-1] + FAR_ROWS))
+        rows = np.outer(self.num_sequences, self.rows_per_sequence).astype(np.float64)
+        knots = np.unique(np.append(rows, (0.0, rows[-1, -1] + FAR_ROWS)))
+        object.__setattr__(self, "_grids", _on_knots(grids, rows, knots))
+        object.__setattr__(self, "_knots", knots)
 
     def seconds(
         self, num_rows: int, num_sequences: int, context_tokens: int, drafts: bool
@@ -77,16 +74,20 @@ class StepProfile:
         return float(np.interp(num_rows, curve.rows, curve.draft_s if drafts else curve.causal_s))
 
     def row_curve(self, num_sequences: int, context_tokens: int) -> RowCurve:
-        """The seconds of every number of rows at once; num_sequences is at least 1."""
-        first, weight = _locate(self.num_sequences, num_sequences)
-        pair = self._grids[:, first : first + 2]
-        between = pair[:, 0] + weight * (pair[:, -1] - pair[:, 0])  # [2, num_knots, contexts]
+        """The seconds of every number of rows at once; num_sequences is at least 1.
+
+        Between two numbers of sequences it is the rows of the whole pass that are alike: they are
+        what a pass costs most for.
+        """
         first, weight = _locate(self.context_lens, context_tokens / num_sequences)
-        pair = between[:, :, first : first + 2]
+        pair = self._grids[..., first : first + 2]
+        seconds = pair[..., 0] + weight * (pair[..., -1] - pair[..., 0])  # [2, sequences, knots]
+        first, weight = _locate(self.num_sequences, num_sequences)
+        pair = seconds[:, first : first + 2]
         causal, draft = np.maximum.accumulate(
-            pair[:, :, 0] + weight * (pair[:, :, -1] - pair[:, :, 0]), axis=1
+            pair[:, 0] + weight * (pair[:, -1] - pair[:, 0]), axis=1
         )
-        return RowCurve(self._rows * num_sequences, causal, draft)
+        return RowCurve(self._knots, causal, draft)
 
     def save(self, path: Path) -> None:
         """As JSON, the grid's axes by name."""
@@ -148,6 +149,26 @@ def _grid(name: str, values: Grid, shape: tuple[int, ...]) -> Floats:
     if not (np.isfinite(grid) & (grid > 0)).all():
         raise ConfigError(f"{name} must hold seconds over 0")
     return grid
+
+
+def _on_knots(grids: Floats, rows: Floats, knots: Floats) -> Floats:
+    """Both grids [2, sequences, rows per sequence, contexts], measured at rows [sequences, rows per
+    sequence], on the same knots for all sequences. Behind its own last row each goes on as the next
+    number of sequences does, the largest one straight on.
+    """
+    out = np.empty((*grids.shape[:2], len(knots), grids.shape[3]))
+    for kind, n, c in reversed(list(np.ndindex(*grids.shape[:2], grids.shape[3]))):
+        own, seconds = rows[n], grids[kind, n, :, c]
+        slopes = np.diff(seconds) / np.diff(own) if len(own) > 1 else np.zeros(1)
+        inside = np.interp(knots, own, seconds)
+        before = seconds[0] - slopes[0] * np.maximum(own[0] - knots, 0)
+        behind = slopes[-1] * np.maximum(knots - own[-1], 0)
+        if n + 1 < len(rows):
+            later = out[kind, n + 1, :, c]
+            behind = np.maximum(later - later[np.searchsorted(knots, own[-1])], 0)
+            behind[knots <= own[-1]] = 0
+        out[kind, n, :, c] = np.where(knots < own[0], np.maximum(before, 0), inside + behind)
+    return out
 
 
 def _locate(axis: tuple[int, ...], value: float) -> tuple[int, float]:

@@ -15,7 +15,7 @@ def test_a_profile_and_its_picture_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibrate, "_measure", lambda *_: PROFILE)
-    calibrate.run(tmp_path, "auto", tmp_path / "profile.json")
+    calibrate.run(tmp_path, "auto", tmp_path / "profile.json", 5.0)
     assert StepProfile.load(tmp_path / "profile.json") == PROFILE
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
 
@@ -26,4 +26,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_measuring(
 ) -> None:
     monkeypatch.setattr(calibrate, "_measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="--out"):
-        calibrate.run(tmp_path, "auto", tmp_path / out)
+        calibrate.run(tmp_path, "auto", tmp_path / out, 5.0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_budget_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(calibrate, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="--seconds must be over 0"):
+        calibrate.run(tmp_path, "auto", tmp_path / "profile.json", seconds)

@@ -31,6 +31,10 @@ def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
         ({"pools": [{"name": "a", "mode": "telepathy"}]}, "pools.0.mode"),
         ({"pools": [{"name": "a", "mode": "autoregressive"}] * 2}, "names must differ"),
         ({"pools": [{"name": "gateway", "mode": "autoregressive"}]}, "'gateway' is taken"),
+        (
+            {"pools": [{"name": "a", "mode": "autoregressive", "governed": "perhaps"}]},
+            "pools.0.governed",
+        ),
         ({"engine": {"max_step_tokens": 16}}, "engine.max_step_tokens is 16"),
         ([], "not a valid configuration"),
     ],
@@ -57,5 +61,8 @@ def test_a_pool_bounds_its_engines_by_its_own_largest_block() -> None:
 
 
 def test_a_configuration_survives_the_way_through_serve() -> None:
-    config = ClusterConfig.parse({"model": {"path": "/models/8b"}, "gateway": {"port": 1234}})
+    pool = {"name": "a", "mode": "self_speculation", "governed": False, "profile": "p.json"}
+    config = ClusterConfig.parse(
+        {"model": {"path": "/models/8b"}, "gateway": {"port": 1234}, "pools": [pool]}
+    )
     assert ClusterConfig.parse(config.model_dump(mode="json")) == config

@@ -111,3 +111,22 @@ def test_a_missing_key_or_file_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             StepProfile.load(path)
+
+
+def test_between_two_numbers_of_sequences_the_rows_of_the_whole_pass_are_alike() -> None:
+    """A knee at 256 rows is met at 256 rows, however many sequences bring them."""
+
+    def knee(n: int, r: int) -> float:
+        return max(1.0, n * r / 256)
+
+    counts, rows = (1, 16, 64), (1, 4, 8, 16, 32)
+    grid = tuple(tuple((knee(n, r),) for r in rows) for n in counts)
+    profile = StepProfile(counts, rows, (0,), grid, grid)
+    for sequences in (2, 17, 40, 64, 100):
+        assert profile.seconds(256, sequences, 0, False) == pytest.approx(1)
+        assert profile.seconds(512, sequences, 0, False) == pytest.approx(2)
+
+
+def test_a_profile_of_one_sequence_is_prolonged_by_rows() -> None:
+    profile = StepProfile((1,), (1, 8), (0,), (((1.0,), (8.0,)),), (((1.0,), (8.0,)),))
+    assert profile.seconds(64, 64, 0, False) == pytest.approx(64)
