@@ -37,6 +37,8 @@ class EngineSettings(_Settings):
     max_sequences: int = Field(64, ge=1)
     max_waiting: int = Field(256, ge=1)
     max_step_tokens: int = Field(2048, ge=1)
+    prefix_cache: bool = True
+    launch_ahead: bool = False
 
 
 class PoolSettings(_Settings):
