@@ -58,9 +58,7 @@ class Governor:
         self._profile = profile
         self._max_block_size = max_block_size
         self._hysteresis = hysteresis
-        self._engine = Acceptance(
-            prior, ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT
-        )
+        self._engine = Acceptance(prior, ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT)
         self._explored = explored
         self._credit = MAX_CREDIT if explored else 0.0  # tokens that may be lost to probes now
         self._curves: dict[tuple[int, int], RowCurve] = {}

@@ -18,6 +18,7 @@ from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncati
 from trimode.replicas.decoding.strategy import PassKind, Query, Stage
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
+from trimode.replicas.types import ThinkingBudget
 
 ToTensor = Callable[[np.ndarray], Tensor]
 
@@ -174,12 +175,25 @@ def _edit(edits: _Edits, sequence: Sequence, query: Query, first: int, vocab_siz
         rows = first + np.arange(len(answers) if verifies else 1)
         edits.masked.append((rows, allowed[answers] if verifies else allowed))
     if request.thinking is not None:
-        before = sequence.token_ids[: query.start + 1]
-        for row, index in enumerate(query.answers):
-            prefix = [*before, *query.token_ids[1 : index + causal]]
-            if ends_thinking(prefix, request.thinking.max_tokens, request.thinking.start_id,
-                             request.thinking.end_id):  # fmt: skip
-                edits.forced.append((first + row, request.thinking.end_id))
+        ending = _ending_thinking(sequence, query, request.thinking)
+        edits.forced += [(first + row, request.thinking.end_id) for row in ending]
+
+
+def _ending_thinking(sequence: Sequence, query: Query, thinking: ThinkingBudget) -> list[int]:
+    """The answers that must end the thinking: those after a start, with no end since, that lies the
+    whole budget back or more. Of a block pass the first one only: once it is filled, it is the end.
+    """
+    causal = query.kind is PassKind.CAUSAL
+    text = np.array([*sequence.token_ids[: query.start + 1], *query.token_ids[1:]], dtype=np.int64)
+    marks = np.flatnonzero((text == thinking.start_id) | (text == thinking.end_id))
+    lens = query.start + np.asarray(query.answers, dtype=np.int64) + causal  # of each prefix
+    last = np.searchsorted(marks, lens) - 1
+    rows = []
+    for row, (length, index) in enumerate(zip(lens.tolist(), last.tolist(), strict=True)):
+        is_open = index >= 0 and text[marks[index]] == thinking.start_id
+        if is_open and length - 1 - marks[index] >= thinking.max_tokens:
+            rows.append(row)
+    return rows if causal else rows[:1]
 
 
 def _occurrences(
@@ -220,14 +234,3 @@ def _summed(
     total = np.zeros(len(keys))
     np.add.at(total, inverse, values)
     return first + keys // vocab_size, keys % vocab_size, total
-
-
-def ends_thinking(prefix: SequenceOf[int], budget: int, start_id: int, end_id: int) -> bool:
-    """Whether the token after prefix must end the thinking: its start lies exactly budget tokens
-    back and neither a start nor an end has come since.
-    """
-    opened = len(prefix) - 1 - budget
-    if opened < 0 or prefix[opened] != start_id:
-        return False
-    since = prefix[opened + 1 :]
-    return start_id not in since and end_id not in since

@@ -158,6 +158,18 @@ def test_thinking_ends_after_its_budget_once_and_the_text_goes_on(
 
 
 @pytest.mark.parametrize("mode", [AR, DIFFUSION, SPECULATION])
+def test_thinking_that_the_prompt_has_overdrawn_ends_at_once(
+    make_engine: Any, drain: Any, mode: Mode
+) -> None:
+    request = Request(
+        "r", (20, START, 21, 22, 23), mode, 12, thinking=ThinkingBudget(2, START, END),
+        block_size=8, logit_bias=((START, -100.0), (END, -100.0)), ignore_eos=True,
+    )  # fmt: skip
+    ids = drain(make_engine(), [request])["r"].token_ids
+    assert [i for i, token_id in enumerate(ids) if token_id == END] == [0]
+
+
+@pytest.mark.parametrize("mode", [AR, DIFFUSION, SPECULATION])
 def test_every_token_has_a_logprob_where_they_are_asked_for(
     make_engine: Any, make_request: Any, mode: Mode
 ) -> None:
