@@ -1,6 +1,6 @@
 """The Python client: trimode.v1 over gRPC, with a server's status turned into one exception."""
 
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from types import TracebackType
 from typing import Self
 
@@ -62,4 +62,51 @@ class Client:
         except grpc.RpcError as error:
             code, details = error.code(), error.details()
             raise CallFailed(code.name, details or "") from None
+        return model
+
+
+class AsyncClient:
+    """The same for an event loop, where many streams share the connection; use it as an async
+    context manager.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._stub = pb_grpc.InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._channel.close()
+
+    async def generate(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """Stream a request's messages. Closing the iterator cancels the call.
+
+        Raises CallFailed.
+        """
+        call = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code().name, error.details() or "") from None
+        finally:
+            call.cancel()
+
+    async def get_model(self, timeout_s: float | None = 10) -> pb.GetModelResponse:
+        """Describe the model and its pools. Raises CallFailed."""
+        try:
+            model: pb.GetModelResponse = await self._stub.GetModel(
+                pb.GetModelRequest(), timeout=timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code().name, error.details() or "") from None
         return model
