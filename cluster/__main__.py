@@ -65,44 +65,73 @@ def calibrate(
 @app.command()
 def bench(
     model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a served cluster, instead of --model.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="One prompt a line, or .jsonl. Default: built in.")
     ] = None,
+    system: Annotated[str, typer.Option(help="Text in front of every prompt.")] = "",
+    system_file: Annotated[Path | None, typer.Option(help="File with that text.")] = None,
     settings: Annotated[
-        str, typer.Option(help="Which curves.")
-    ] = "ar,diffusion,speculation-4,speculation-8,speculation-16,speculation-32,governor",
-    concurrency: Annotated[str, typer.Option(help="Closed loop: users at once.")] = "1,2,4,8,16,32",
+        str, typer.Option(help="Which curves, as ar,speculation-8,governor. Default: all.")
+    ] = "",
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loop: users at once. Default: 1,2,4,8,16,32.")
+    ] = "",
     rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second.")] = "",
+    trace: Annotated[
+        Path | None,
+        typer.Option(help='Open loop: .jsonl of {"at": seconds, "prompt": ..., "max_tokens": ...}'),
+    ] = None,
     requests: Annotated[int, typer.Option(help="Requests of one run, at least.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Runs of each point; the median counts.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each.")] = 128,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens, always.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling and arrivals.")] = 0,
     goodput_ttft_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
     goodput_tpot_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of torch. Default: its own.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="The governor's, of `calibrate`. Default: measured first.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="transformers: compare ar with its `generate`.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
 ) -> None:
     """Measure every mode at every load; writes the figures and their picture."""
-    from trimode.cluster.bench import command, metrics, workload
+    from trimode.cluster.bench import command, options, prompt_files, workload
+    from trimode.cluster.bench import settings as known
 
-    limits = metrics.Limits(
-        None if goodput_ttft_ms is None else goodput_ttft_ms / 1000,
-        None if goodput_tpot_ms is None else goodput_tpot_ms / 1000,
-    )
+    if trace is not None and prompts is not None:
+        raise typer.BadParameter("a --trace has prompts of its own; leave --prompts out")
+    if system and system_file is not None:
+        raise typer.BadParameter("give one of --system and --system-file")
     command.run(
-        command.Options(
+        options.Options(
             model=model,
-            prompts=workload.load_prompts(prompts),
-            settings=workload.settings_named(settings),
-            concurrencies=_parse_numbers("--concurrency", concurrency, int),
-            rates=_parse_numbers("--rate", rate, float) if rate else (),
-            requests=requests,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            limits=limits,
-            dtype=dtype,
             out=out,
+            sampling=workload.Sampling(max_tokens, temperature, seed, ignore_eos),
+            address=address,
+            prompts=prompt_files.load_prompts(prompts) if prompts else workload.DEFAULT_PROMPTS,
+            system=prompt_files.load_text(system_file) if system_file else system,
+            settings=known.settings_named(settings) if settings else (),
+            concurrencies=_parse_numbers("--concurrency", concurrency, int) if concurrency else (),
+            rates=_parse_numbers("--rate", rate, float) if rate else (),
+            trace=prompt_files.load_trace(trace) if trace else (),
+            requests=requests,
+            repeats=repeats,
+            goodput_ttft_ms=goodput_ttft_ms,
+            goodput_tpot_ms=goodput_tpot_ms,
+            dtype=dtype,
+            threads=threads,
+            profile=profile,
+            against=against,
         )
     )
 

@@ -29,7 +29,7 @@ ALLOWED_IN = {
     "grpc_reflection": ("cluster/grpc_server.py",),
     "opentelemetry.sdk": ("cluster/telemetry.py",),
     "ray": ("cluster/", "router/request_router.py", "replicas/replica.py"),
-    "transformers": (),
+    "transformers": ("cluster/bench/transformers_baseline.py",),
 }
 
 # What gateways and routers load, and what is tested without it: no torch, not even by detour.
@@ -62,10 +62,14 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
     ("cluster/__main__.py", "trimode.cluster.bench.command"),
-    ("cluster/__main__.py", "trimode.cluster.bench.metrics"),
+    ("cluster/__main__.py", "trimode.cluster.bench.options"),
+    ("cluster/__main__.py", "trimode.cluster.bench.prompt_files"),
+    ("cluster/__main__.py", "trimode.cluster.bench.settings"),
     ("cluster/__main__.py", "trimode.cluster.bench.workload"),
     ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
+    # It imports transformers, which only --against needs.
+    ("cluster/bench/command.py", "trimode.cluster.bench.transformers_baseline"),
     # After its backend was chosen.
     ("cluster/bench/plot.py", "matplotlib"),
     # Only `plot` needs it.

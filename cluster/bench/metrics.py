@@ -1,6 +1,7 @@
 """From what was seen of each request to the figures of a run: pure functions."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,13 +16,14 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One finished request. Times are seconds of one clock."""
+    """One request that is over. Times are seconds of one clock."""
 
     sent_s: float
-    arrivals: tuple[Arrival, ...]
-    prompt_tokens: int
-    forwards: int
-    accepted: tuple[int, ...]  # tokens of each verify round; empty in other modes
+    arrivals: tuple[Arrival, ...] = ()  # none: it was refused
+    token_ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    forwards: int = 0
+    accepted: tuple[int, ...] = ()  # tokens of each verify round; empty in other modes
     cached_tokens: int = 0
 
     @property
@@ -65,10 +67,31 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Ratio:
+    """Of two things that were measured in turns: quartiles over the turns."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Ratio":
+        ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+        return cls(statistics.median(ratios), percentile(ratios, 0.25), percentile(ratios, 0.75))
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.lower:.3f} to {self.upper:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The figures of one run. A share or percentile of nothing is None."""
 
     requests: int
+    refused: int  # of them; all other figures are of the rest
     tokens: int
     seconds: float
     tokens_per_s: float
@@ -80,7 +103,7 @@ class Summary:
     tokens_per_forward: float
     accepted_per_round: float | None
     prefix_hit_rate: float
-    good_share: float
+    good_share: float  # of all requests
     goodput_tokens_per_s: float  # of the requests that kept the limits
 
     def to_dict(self) -> dict[str, object]:
@@ -101,7 +124,11 @@ def percentiles(values: Iterable[float]) -> Percentiles | None:
 
 
 def summarise(records: Sequence[Record], limits: Limits) -> Summary:
-    """The figures of one run of at least one request, from the first send to the last chunk."""
+    """The figures of one run, of which at least one request was answered, from the first send to
+    the last chunk.
+    """
+    num_requests = len(records)
+    records = [record for record in records if record.arrivals]
     seconds = max(r.arrivals[-1].at_s for r in records) - min(r.sent_s for r in records)
     good = [record for record in records if limits.hold(record)]
     rounds = [count for record in records for count in record.accepted]
@@ -113,7 +140,8 @@ def summarise(records: Sequence[Record], limits: Limits) -> Summary:
     ]
     chunks = [float(a.num_tokens) for record in records for a in record.arrivals if a.num_tokens]
     return Summary(
-        requests=len(records),
+        requests=num_requests,
+        refused=num_requests - len(records),
         tokens=tokens,
         seconds=seconds,
         tokens_per_s=tokens / seconds,
@@ -126,6 +154,6 @@ def summarise(records: Sequence[Record], limits: Limits) -> Summary:
         accepted_per_round=sum(rounds) / len(rounds) if rounds else None,
         prefix_hit_rate=sum(r.cached_tokens for r in records)
         / sum(r.prompt_tokens for r in records),
-        good_share=len(good) / len(records),
+        good_share=len(good) / num_requests,
         goodput_tokens_per_s=sum(record.tokens for record in good) / seconds,
     )

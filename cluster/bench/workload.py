@@ -1,12 +1,12 @@
-"""What a benchmark asks: prompts, settings (a mode and its block size), and when each is asked."""
+"""What a benchmark asks, and when: loads, and the jobs that a run of a load is made of."""
 
-import json
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 
-from trimode.replicas.errors import ConfigError, InvalidRequest
-from trimode.replicas.types import Mode
+from trimode.cluster.bench.prompt_files import TraceLine
+from trimode.cluster.bench.settings import Setting
 
 # Two of each domain that the bundled checkpoint was trained on: code, tests, prose, tables.
 DEFAULT_PROMPTS = (
@@ -19,81 +19,69 @@ DEFAULT_PROMPTS = (
     "### Codec APIs\n\nclass Codec(codecs.Codec):\n\n    def encode(self,input,errors='strict'):\n",
     "    '\\x00'     #  0x00 -> NULL\n    '\\x01'     #  0x01 -> START OF HEADING\n",
 )
+MAX_OPEN_CONCURRENCY = 256  # requests at once in an open loop; more of them wait, on the clock
+WARM_UP_TOKENS = 16
+MAX_WARM_UP_REQUESTS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One curve of the picture. block_size None: the engine chooses (the governor)."""
+class Sampling:
+    """How the requests of a benchmark choose their tokens; request i has seed + i."""
 
-    name: str
-    mode: Mode
-    block_size: int | None = None
-
-    @property
-    def is_governed(self) -> bool:
-        return self.mode is Mode.SELF_SPECULATION and self.block_size is None
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
 
 
-SETTINGS = (
-    Setting("ar", Mode.AUTOREGRESSIVE),
-    Setting("diffusion", Mode.BLOCK_DIFFUSION),
-    *(Setting(f"speculation-{size}", Mode.SELF_SPECULATION, size) for size in (4, 8, 16, 32)),
-    Setting("governor", Mode.SELF_SPECULATION),
-)
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request of a load, whoever answers it and however."""
+
+    prompt: str
+    sampling: Sampling
+    arrival_s: float | None = None  # after the start of its run; None: once a user is free
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many users at once, or arrivals by the clock, in order."""
+
+    label: str
+    concurrency: int  # at most so many at once
+    asks: tuple[Ask, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to send. arrival_s: after the start of its run; 0 in a closed loop."""
+    """One request to send."""
 
     job_id: str
-    prompt: str
+    ask: Ask
     setting: Setting
-    max_tokens: int
-    temperature: float
-    seed: int
     cache_salt: str
-    arrival_s: float = 0.0
 
 
-def settings_named(names: str) -> tuple[Setting, ...]:
-    """'ar,governor' -> those settings. Raises ConfigError that lists the known ones."""
-    by_name = {setting.name: setting for setting in SETTINGS}
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in by_name:
-            raise ConfigError(f"--settings: {name!r} is not one of {', '.join(by_name)}")
-    return tuple(by_name[name] for name in wanted)
+def closed_load(prompts: Sequence[str], users: int, requests: int, sampling: Sampling) -> Load:
+    """`users` who each send when they have their answer; at least two requests for each."""
+    wanted = islice(cycle(prompts), max(requests, 2 * users))
+    return Load(str(users), users, _asks(((prompt, None) for prompt in wanted), sampling))
 
 
-def load_prompts(path: Path | None) -> tuple[str, ...]:
-    """One prompt a line; in a .jsonl file each line is a string or {"prompt": string}.
-
-    Raises InvalidRequest that names the line.
-    """
-    if path is None:
-        return DEFAULT_PROMPTS
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("prompts", f"{path} cannot be read: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InvalidRequest("prompts", f"{path} holds none")
-    if path.suffix != ".jsonl":
-        return tuple(line for _, line in numbered)
-    return tuple(_parse(line, f"{path}:{number}") for number, line in numbered)
+def poisson_load(prompts: Sequence[str], rate: float, requests: int, sampling: Sampling) -> Load:
+    """Independent users, `rate` a second on average, the same for the same seed."""
+    arrivals = poisson_arrivals(rate, requests, sampling.seed)
+    pairs = zip(cycle(prompts), arrivals, strict=False)
+    return Load(f"{rate:g}/s", MAX_OPEN_CONCURRENCY, _asks(pairs, sampling))
 
 
-def _parse(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest("prompts", f"{where}: {error}") from None
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str) or not prompt:
-        raise InvalidRequest("prompts", f'{where} must be a string or {{"prompt": string}}')
-    return prompt
+def trace_load(lines: Sequence[TraceLine], system: str, sampling: Sampling) -> Load:
+    """The requests of a trace when they came then."""
+    asks = tuple(
+        Ask(system + line.prompt, _numbered(sampling, index, line.max_tokens), line.at_s)
+        for index, line in enumerate(lines)
+    )
+    return Load("trace", MAX_OPEN_CONCURRENCY, asks)
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -103,3 +91,33 @@ def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
         now += noise.expovariate(rate)
         arrivals.append(now)
     return arrivals
+
+
+def jobs_of(run: str, setting: Setting, load: Load) -> list[Job]:
+    """The requests of one run, which finds nothing in the prefix cache but what it put there."""
+    return [
+        Job(f"{run}/{index}", ask, setting, cache_salt=run) for index, ask in enumerate(load.asks)
+    ]
+
+
+def warm_up_jobs(setting: Setting, load: Load) -> list[Job]:
+    """The beginning of the load's different prompts, at once."""
+    asks: dict[str, Ask] = {}
+    for ask in load.asks:
+        short = replace(ask.sampling, max_tokens=min(WARM_UP_TOKENS, ask.sampling.max_tokens))
+        asks.setdefault(ask.prompt, Ask(ask.prompt, short))
+    some = islice(asks.values(), MAX_WARM_UP_REQUESTS)
+    return [Job(f"warm-up/{index}", ask, setting, "warm-up") for index, ask in enumerate(some)]
+
+
+def _asks(pairs: Iterable[tuple[str, float | None]], sampling: Sampling) -> tuple[Ask, ...]:
+    return tuple(
+        Ask(prompt, _numbered(sampling, index), arrival_s)
+        for index, (prompt, arrival_s) in enumerate(pairs)
+    )
+
+
+def _numbered(sampling: Sampling, index: int, max_tokens: int | None = None) -> Sampling:
+    return replace(
+        sampling, seed=sampling.seed + index, max_tokens=max_tokens or sampling.max_tokens
+    )

@@ -1,6 +1,13 @@
 """The figures of a run, by hand."""
 
-from trimode.cluster.bench.metrics import Arrival, Limits, Record, percentile, summarise
+from trimode.cluster.bench.metrics import (
+    Arrival,
+    Limits,
+    Ratio,
+    Record,
+    percentile,
+    summarise,
+)
 
 
 def record(sent_s: float = 0.0, *arrivals: tuple[float, int], **fields: int) -> Record:
@@ -9,7 +16,6 @@ def record(sent_s: float = 0.0, *arrivals: tuple[float, int], **fields: int) -> 
         arrivals=tuple(Arrival(at_s, num) for at_s, num in arrivals),
         prompt_tokens=10,
         forwards=fields.get("forwards", 4),
-        accepted=(),
         cached_tokens=fields.get("cached", 0),
     )
 
@@ -44,3 +50,16 @@ def test_the_hit_rate_is_a_share_of_prompt_tokens() -> None:
     summary = summarise([record(0.0, (1.0, 1), cached=5), record(0.0, (1.0, 1))], Limits())
     assert summary.prefix_hit_rate == 0.25
     assert summary.accepted_per_round is None
+
+
+def test_a_refused_request_counts_against_the_good_ones_and_nowhere_else() -> None:
+    answered = record(0.0, (1.0, 2), (2.0, 2))
+    summary = summarise([answered, Record(5.0)], Limits())
+    assert (summary.requests, summary.refused, summary.good_share) == (2, 1, 0.5)
+    assert (summary.seconds, summary.tokens_per_s) == (2.0, 2.0)
+
+
+def test_a_ratio_is_of_each_turn_and_not_of_the_medians() -> None:
+    ratio = Ratio.of([1.0, 20.0, 3.0, 4.0], [1.0, 10.0, 1.0, 1.0])
+    assert (ratio.median, ratio.lower, ratio.upper) == (2.5, 1.0, 3.0)
+    assert str(ratio) == "2.500 (1.000 to 3.000)"
