@@ -105,7 +105,7 @@ def _local(options: Options, loads: list[Load]) -> tuple[LocalTarget, dict[str, 
         torch.set_num_threads(options.threads)
     governed = any(setting.is_governed for setting in options.chosen_settings())
     if governed and options.profile is None:
-        note = "the governor measures step times first, about a minute; --profile spares that"
+        note = "the governor measures step times first; --profile spares that"
         Console(stderr=True).print(note, highlight=False)
     engine = build_engine(
         options.model, config, dtype=options.dtype, governed=governed, profile=options.profile
