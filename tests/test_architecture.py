@@ -37,6 +37,7 @@ TORCH_FREE = (
     "cluster/gateway.py",
     "cluster/tokenizer.py",
     "cluster/client.py",
+    "cluster/bench/command.py",
     "router/",
     "replicas/types.py",
     "replicas/errors.py",
@@ -61,15 +62,11 @@ TORCH_FREE = (
 LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
-    ("cluster/__main__.py", "trimode.cluster.bench.command"),
-    ("cluster/__main__.py", "trimode.cluster.bench.options"),
-    ("cluster/__main__.py", "trimode.cluster.bench.prompt_files"),
-    ("cluster/__main__.py", "trimode.cluster.bench.settings"),
-    ("cluster/__main__.py", "trimode.cluster.bench.workload"),
     ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
+    ("cluster/bench/command.py", "trimode.cluster.bench.session"),
     # It imports transformers, which only --against needs.
-    ("cluster/bench/command.py", "trimode.cluster.bench.transformers_baseline"),
+    ("cluster/bench/session.py", "trimode.cluster.bench.transformers_baseline"),
     # After its backend was chosen.
     ("cluster/bench/plot.py", "matplotlib"),
     # Only `plot` needs it.
