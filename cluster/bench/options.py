@@ -102,10 +102,23 @@ class Options:
         """Who decides when a request comes: 'closed' the answer before, 'open' the clock."""
         return "open" if self.rates or self.trace else "closed"
 
-    def chosen_settings(self) -> tuple[Setting, ...]:
+    def settings_for(self, max_block_size: float) -> tuple[Setting, ...]:
+        """The settings named, or all that can be measured where blocks have at most this size.
+
+        Raises ConfigError where one that was named cannot.
+        """
         if self.against is not None:
             return (AR,)
-        return self.settings or (ENGINE_SETTINGS if self.address is None else CLUSTER_SETTINGS)
+        for setting in self.settings:
+            if setting.largest_block > max_block_size:
+                raise ConfigError(
+                    f"--settings: {setting.name} needs blocks of {setting.largest_block}; "
+                    f"here they have at most {max_block_size}"
+                )
+        known = ENGINE_SETTINGS if self.address is None else CLUSTER_SETTINGS
+        return self.settings or tuple(
+            setting for setting in known if setting.largest_block <= max_block_size
+        )
 
     def loads(self) -> list[Load]:
         """The sweep, lightest first."""

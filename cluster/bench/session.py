@@ -1,8 +1,10 @@
 """One `trimode bench`: what takes turns on what, and the files it leaves."""
 
 import json
+import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,11 +17,12 @@ from trimode.cluster.bench.measure import Curves, Entry, Target, measure
 from trimode.cluster.bench.options import Options
 from trimode.cluster.bench.plot import draw
 from trimode.cluster.bench.remote import RemoteTarget
-from trimode.cluster.bench.settings import AR
+from trimode.cluster.bench.settings import AR, Setting
 from trimode.cluster.bench.workload import Load
 from trimode.replicas.errors import ConfigError
 from trimode.replicas.loading import build_engine
 from trimode.replicas.machine import describe_machine
+from trimode.replicas.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +50,17 @@ def run(options: Options) -> None:
     console.print(f"wrote {options.out} and {options.out.with_suffix('.png')}", highlight=False)
 
 
-def sweep(options: Options, loads: list[Load], target: Target) -> list[list[Entry]]:
+def sweep(settings: Sequence[Setting], loads: Sequence[Load], target: Target) -> list[list[Entry]]:
     """The settings take turns at each load."""
-    return [
-        [Entry(setting.name, setting, load, target) for setting in options.chosen_settings()]
-        for load in loads
-    ]
+    return [[Entry(setting.name, setting, load, target) for setting in settings] for load in loads]
 
 
 def _measure_cluster(options: Options, address: str, console: Console) -> Measured:
     target = RemoteTarget(address)
     model = target.describe()
-    groups = sweep(options, options.loads(), target)
+    # A server that names no pools is asked for everything.
+    largest = max((pool.max_block_size for pool in model.pools), default=math.inf)
+    groups = sweep(options.settings_for(largest), options.loads(), target)
     facts = {
         "machine": describe_machine("trimode", "grpcio"),
         "model": model.name,
@@ -70,8 +72,9 @@ def _measure_cluster(options: Options, address: str, console: Console) -> Measur
 
 def _measure_engine(options: Options, console: Console) -> Measured:
     loads = options.loads()
-    target, facts = _local(options, loads)
-    groups = sweep(options, loads, target)
+    settings = options.settings_for(ModelConfig.load(options.model).block_size)
+    target, facts = _local(options, settings, loads)
+    groups = sweep(settings, loads, target)
     return Measured(measure(groups, options.repeats, options.limits, console), facts)
 
 
@@ -82,7 +85,7 @@ def _measure_against(options: Options, library: str, console: Console) -> Measur
         raise ConfigError(f"--against {library} needs it: pip install {library}") from None
     options = replace(options, sampling=replace(options.sampling, ignore_eos=True))
     loads = options.loads()
-    target, facts = _local(options, loads)
+    target, facts = _local(options, [AR], loads)
     baseline = TransformersTarget(options.model, facts["dtype"], load_encoder(options.model))
     # In turns with ours at the lightest load, whose requests they share.
     ours = [Entry(AR.name, AR, load, target) for load in loads]
@@ -97,13 +100,15 @@ def _measure_against(options: Options, library: str, console: Console) -> Measur
     return Measured(curves, facts | {"against": comparison.to_dict()})
 
 
-def _local(options: Options, loads: list[Load]) -> tuple[LocalTarget, dict[str, Any]]:
+def _local(
+    options: Options, settings: Sequence[Setting], loads: Sequence[Load]
+) -> tuple[LocalTarget, dict[str, Any]]:
     """An engine here, and the facts about it. Raises CheckpointError and InvalidRequest."""
     encode = load_encoder(options.model)
     config = engine_config(options.model, encode, loads)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    governed = any(setting.is_governed for setting in options.chosen_settings())
+    governed = any(setting.is_governed for setting in settings)
     if governed and options.profile is None:
         note = "the governor measures step times first; --profile spares that"
         Console(stderr=True).print(note, highlight=False)

@@ -18,6 +18,13 @@ class Setting:
     def is_governed(self) -> bool:
         return self.mode is Mode.SELF_SPECULATION and self.block_size is None
 
+    @property
+    def largest_block(self) -> int:
+        """What an engine must be able to run for it; 2 where any block will do."""
+        if self.block_size is not None:
+            return self.block_size
+        return 1 if self.mode in (Mode.AUTOREGRESSIVE, Mode.AUTO) else 2
+
 
 AR = Setting("ar", Mode.AUTOREGRESSIVE)
 GOVERNOR = Setting("governor", Mode.SELF_SPECULATION)

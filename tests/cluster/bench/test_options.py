@@ -8,7 +8,13 @@ import pytest
 
 from trimode.cluster.bench.options import Options
 from trimode.cluster.bench.prompt_files import TraceLine
-from trimode.cluster.bench.settings import AR, AUTO, CLUSTER_SETTINGS, ENGINE_SETTINGS
+from trimode.cluster.bench.settings import (
+    AR,
+    AUTO,
+    CLUSTER_SETTINGS,
+    ENGINE_SETTINGS,
+    SPECULATION,
+)
 from trimode.cluster.bench.workload import Sampling
 from trimode.replicas.errors import ConfigError
 
@@ -81,9 +87,17 @@ def test_options_that_contradict_each_other_are_refused(
 
 
 def test_without_settings_all_are_measured_that_can_be() -> None:
-    assert options().chosen_settings() == ENGINE_SETTINGS
-    assert options(address="a:1").chosen_settings() == CLUSTER_SETTINGS
-    assert options(against="transformers").chosen_settings() == (AR,)
+    assert options().settings_for(32) == ENGINE_SETTINGS
+    assert options(address="a:1").settings_for(32) == CLUSTER_SETTINGS
+    assert options(against="transformers").settings_for(32) == (AR,)
+    names = [setting.name for setting in options().settings_for(8)]
+    assert names == ["ar", "diffusion", "speculation-4", "speculation-8", "governor"]
+    assert options(address="a:1").settings_for(1) == (AR, AUTO)
+
+
+def test_a_setting_with_blocks_that_nobody_runs_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"speculation-32 needs blocks of 32; .* at most 16"):
+        options(settings=(SPECULATION[-1],)).settings_for(16)
 
 
 def test_loads_ascend_and_are_closed_unless_told_otherwise() -> None:
