@@ -1,6 +1,7 @@
 """Runs jobs on a served cluster: one connection, a stream for each user."""
 
 import asyncio
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ class _Run:
         self._address = address
         self._ahead = deque(enumerate(jobs))
         self._on_done = on_done
+        # Not the job's, under which an earlier command may have left pages.
+        self._salt = secrets.token_hex(8)
         self._records: dict[int, Record] = {}
         self._refusal: CallFailed | None = None
 
@@ -82,7 +85,7 @@ class _Run:
                 await asyncio.sleep(due - sent_s)
                 sent_s = due
             try:
-                self._records[index] = await _record(client, job, sent_s)
+                self._records[index] = await _record(client, job, self._salt, sent_s)
             except CallFailed as error:
                 if error.status not in REFUSALS:
                     raise
@@ -97,11 +100,11 @@ async def _connect(client: AsyncClient, address: str) -> pb.GetModelResponse:
         raise Unavailable(f"nobody serves at {address}: {error}") from None
 
 
-async def _record(client: AsyncClient, job: Job, sent_s: float) -> Record:
+async def _record(client: AsyncClient, job: Job, cache_salt: str, sent_s: float) -> Record:
     arrivals: list[Arrival] = []
     token_ids: list[int] = []
     finish = pb.Finish()
-    async with aclosing(client.generate(_message(job))) as replies:
+    async with aclosing(client.generate(_message(job, cache_salt))) as replies:
         async for reply in replies:
             arrivals.append(Arrival(time.perf_counter(), len(reply.token_ids)))
             token_ids += reply.token_ids
@@ -117,12 +120,13 @@ async def _record(client: AsyncClient, job: Job, sent_s: float) -> Record:
     )
 
 
-def _message(job: Job) -> pb.GenerateRequest:
+def _message(job: Job, cache_salt: str) -> pb.GenerateRequest:
     sampling = job.ask.sampling
     return pb.GenerateRequest(
         text=job.ask.prompt,
         mode=MODE_MESSAGES[job.setting.mode],
         block_size=job.setting.block_size,
+        cache_salt=cache_salt,
         sampling=pb.Sampling(temperature=sampling.temperature, seed=sampling.seed),
         stop=pb.StopConditions(max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos),
     )

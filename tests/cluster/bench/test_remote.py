@@ -46,6 +46,13 @@ async def test_a_closed_loop_gives_a_record_a_request_in_order(
     assert all(0 < record.ttft_s <= record.total_s for record in records)
 
 
+async def test_a_run_finds_nothing_in_the_prefix_cache_but_what_it_put_there(served: Any) -> None:
+    load = closed_load(["def main():\n    return 0\n" * 8], 1, 2, GREEDY)
+    for _ in range(2):
+        first, second = await run(served.address, AR, load)
+        assert first.cached_tokens == 0 < second.cached_tokens
+
+
 async def test_an_open_loop_sends_by_the_clock_and_counts_from_the_arrival(served: Any) -> None:
     load = poisson_load(PROMPTS, 40, 5, GREEDY)
     records = await run(served.address, AR, load)
