@@ -4,8 +4,23 @@ option's name.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import typer
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(kind: type[Number]) -> Callable[[str], Sequence[Number]]:
+    """A parser of '1,2,3'."""
+
+    def parse(text: str) -> Sequence[Number]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise typer.BadParameter(f"takes numbers like 1,2,3, got {text!r}") from None
+
+    return parse
 
 
 def ids(text: str) -> Sequence[int]:

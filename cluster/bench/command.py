@@ -1,8 +1,8 @@
 """The command line of `trimode bench`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -10,21 +10,8 @@ from trimode.cluster.bench.options import Options
 from trimode.cluster.bench.prompt_files import load_prompts, load_text, load_trace
 from trimode.cluster.bench.settings import Setting, settings_named
 from trimode.cluster.bench.workload import DEFAULT_PROMPTS, Sampling
+from trimode.cluster.option_values import numbers
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
-
-Number = TypeVar("Number", int, float)
-
-
-def numbers(kind: type[Number]) -> Callable[[str], Sequence[Number]]:
-    """A parser of '1,2,3'."""
-
-    def parse(text: str) -> Sequence[Number]:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise typer.BadParameter(f"takes numbers like 1,2,3, got {text!r}") from None
-
-    return parse
 
 
 def _parsed(parser: Any, metavar: str, help: str) -> Any:

@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from trimode.cluster.__main__ import app
-from trimode.cluster.bench.command import numbers
+from trimode.cluster.option_values import numbers
 
 
 def test_numbers_are_separated_by_commas() -> None:
