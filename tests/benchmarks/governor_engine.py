@@ -1,9 +1,9 @@
 """The governor against every fixed setting, at every load and on one that changes.
 
-    python tests/benchmarks/governor_engine.py    # about half an hour -> docs/measurements/governor.json
+    python tests/benchmarks/governor_engine.py    # half an hour -> docs/measurements/governor.json
 
 Fixed settings run on an engine without a governor, so that what it costs is on its side alone.
-Both engines have the same weights, and all settings take turns. The best fixed setting is the one
+All settings take turns. The best fixed setting is the one
 with the best median; ratios are of runs of the same turn.
 """
 
@@ -24,15 +24,11 @@ from trimode.cluster.bench.measure import Curves, Entry, Target, measure
 from trimode.cluster.bench.metrics import Limits, Ratio, Record
 from trimode.cluster.bench.settings import AR, GOVERNOR, SPECULATION
 from trimode.cluster.bench.workload import Job, Load, Sampling, closed_load
-from trimode.replicas import calibration
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine
-from trimode.replicas.governor import Governor
+from trimode.replicas.loading import build_engine
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
-from trimode.replicas.model.weights import load_model
-from trimode.replicas.model_runner import TorchModelRunner
-from trimode.replicas.step_profile import StepProfile
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "governor.json"
 USERS = (1, 2, 4, 8, 16, 32, 64)
@@ -106,11 +102,10 @@ def changing_load(phases: Sequence[Phase], sampling: Sampling) -> Load:
 
 def build_engines(config: EngineConfig, profile: Path | None) -> tuple[Engine, Engine]:
     """Without and with a governor."""
-    model = load_model(BUNDLED_CHECKPOINT, torch.float32)
-    runner = TorchModelRunner(model, config)
-    steps = StepProfile.load(profile) if profile else calibration.measure(runner, config)
-    governed = Engine(runner, config, governor=Governor(steps, config.max_block_size))
-    return Engine(TorchModelRunner(model, config), config), governed
+    governed = build_engine(
+        BUNDLED_CHECKPOINT, config, dtype="float32", governed=True, profile=profile
+    )
+    return build_engine(BUNDLED_CHECKPOINT, config, dtype="float32"), governed
 
 
 def row(curves: Curves, index: int) -> dict[str, object]:
