@@ -3,8 +3,8 @@
     python tests/benchmarks/governor_engine.py    # half an hour -> docs/measurements/governor.json
 
 Fixed settings run on an engine without a governor, so that what it costs is on its side alone.
-All settings take turns. The best fixed setting is the one
-with the best median; ratios are of runs of the same turn.
+All settings take turns. The best fixed setting is the one with the best median; ratios are of runs
+of the same turn.
 """
 
 import argparse
