@@ -3,14 +3,15 @@
     python tests/benchmarks/ar_only.py    # about ten minutes -> docs/measurements/ar_only.json
 
 Requests of AR on an engine with all modes and a governor, over the same on an engine whose
-registry holds nothing but AR; a second one of its kind shows how far equals differ. All have
-weights and a KV cache of their own, and take turns. The clock is the CPU time of this process,
-which on one thread is the wall's without what other processes take.
+registry holds nothing but AR; a second one of its kind shows how far equals differ. They take turns
+on one runner, without a prefix cache, so that none has luckier memory than the others. The clock is
+the CPU time of this process, which on one thread is the wall's without what other processes take.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from trimode.cluster.bench.measure import Entry, Point, measure
 from trimode.cluster.bench.metrics import Limits, Ratio
 from trimode.cluster.bench.settings import AR
 from trimode.cluster.bench.workload import DEFAULT_PROMPTS, Sampling, closed_load
+from trimode.replicas import calibration
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.engine import Engine
-from trimode.replicas.loading import build_engine, build_runner
+from trimode.replicas.governor import Governor
+from trimode.replicas.loading import build_runner
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.step_profile import StepProfile
 from trimode.replicas.types import Mode
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "ar_only.json"
@@ -35,12 +39,14 @@ ALL, ONLY, AGAIN = "all modes and governor", "ar only", "ar only, another one"
 
 
 def build_engines(config: EngineConfig, profile: Path | None) -> dict[str, Engine]:
-    def ar_only() -> Engine:
-        runner = build_runner(BUNDLED_CHECKPOINT, config, dtype="float32")
-        return Engine(runner, config, modes={Mode.AUTOREGRESSIVE: Autoregressive})
-
-    full = build_engine(BUNDLED_CHECKPOINT, config, dtype="float32", governed=True, profile=profile)
-    return {ALL: full, ONLY: ar_only(), AGAIN: ar_only()}
+    runner = build_runner(BUNDLED_CHECKPOINT, config, dtype="float32")
+    steps = StepProfile.load(profile) if profile else calibration.measure(runner, config)
+    registry = {Mode.AUTOREGRESSIVE: Autoregressive}
+    return {
+        ALL: Engine(runner, config, governor=Governor(steps, config.max_block_size)),
+        ONLY: Engine(runner, config, modes=registry),
+        AGAIN: Engine(runner, config, modes=registry),
+    }
 
 
 def row(points: dict[str, Point]) -> dict[str, object]:
@@ -65,7 +71,7 @@ def main() -> None:
     sampling = Sampling(options.max_tokens, ignore_eos=True)
     loads = [closed_load(DEFAULT_PROMPTS, users, options.requests, sampling) for users in USERS]
     encode = load_encoder(BUNDLED_CHECKPOINT)
-    config = engine_config(BUNDLED_CHECKPOINT, encode, loads)
+    config = replace(engine_config(BUNDLED_CHECKPOINT, encode, loads), prefix_cache=False)
     targets = {
         name: LocalTarget(engine, encode, clock=time.process_time)
         for name, engine in build_engines(config, options.profile).items()
