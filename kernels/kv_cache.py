@@ -1,6 +1,6 @@
 """The paged KV cache and the write into it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ class KVCache:
     """
 
     entries: Tensor  # [num_layers, num_slots, 2, num_kv_heads, head_dim]
+    layers: tuple[Tensor, ...] = field(init=False)  # views of it, which are not made each time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", self.entries.unbind(0))
 
     @property
     def keys(self) -> Tensor:  # [num_layers, num_slots, num_kv_heads, head_dim], a view
@@ -46,7 +50,7 @@ def write_kv_reference(
 
     A block pass writes here, too; the causal pass over the same positions overwrites it.
     """
-    cache.entries[layer].index_copy_(0, slots, torch.stack((key, value), dim=1))
+    cache.layers[layer].index_copy_(0, slots, torch.stack((key, value), dim=1))
 
 
 write_kv = write_kv_reference

@@ -48,72 +48,73 @@ class AttentionInputs:
     """What every layer's attention of one pass shares."""
 
     visible: Tensor  # [num_tokens] int64, 0 for padding rows
-    tiles: tuple[
-        Tiles, ...
-    ]  # single-row tiles apart from longer ones, so that decode rows are not padded
+    # Single-row tiles apart from longer ones, so that decode rows are not padded.
+    tiles: tuple[Tiles, ...]
 
     @classmethod
     def build(
         cls,
         query_start: np.ndarray,  # [num_sequences + 1]: rows of sequence i
-        context_lens: np.ndarray,  # [num_sequences]: KV entries after this pass's write, at most
-        visible: Tensor,  # [num_tokens] int64
-        page_table: Tensor,  # [num_sequences, num_pages] int64
+        visible: np.ndarray,  # [num_tokens] int64
+        page_table: np.ndarray,  # [num_sequences, num_pages] int64
         page_size: int,
-        exact_lens: Tensor | None = None,  # [num_sequences] int64, where only the device knows them
+        device: torch.device | str = "cpu",
     ) -> "AttentionInputs":
         lens = np.diff(query_start)
-        if exact_lens is None:
-            exact_lens = torch.from_numpy(context_lens).to(visible.device)
-        groups = []
-        for members in (np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)):
-            if len(members):
-                cut = _cut(members, query_start)
-                context_len = int(context_lens[members].max())
-                groups.append(_tiles(cut, context_len, exact_lens, visible, page_table, page_size))
-        return cls(visible, tuple(groups))
-
-
-def _cut(members: np.ndarray, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence of each tile [num_tiles] and its rows [num_tiles, tile_len], num_tokens where a
-    lane is empty.
-    """
-    lens = np.diff(query_start)[members]
-    tile_len = min(MAX_TILE_LEN, int(lens.max()))
-    tiles_of = -(-lens // tile_len)
-    owner = np.repeat(members, tiles_of)
-    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
-    rows = (query_start[owner] + index * tile_len)[:, None] + np.arange(tile_len)
-    rows[rows >= query_start[owner + 1][:, None]] = query_start[-1]
-    return owner, rows
+        groups = [np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)]
+        tiles = tuple(
+            _tiles(members, query_start, visible, page_table, page_size, device)
+            for members in groups
+            if len(members)
+        )
+        return cls(torch.as_tensor(visible, device=device), tiles)
 
 
 def _tiles(
-    cut: tuple[np.ndarray, np.ndarray],
-    context_len: int,
-    exact_lens: Tensor,
-    visible: Tensor,
-    page_table: Tensor,
+    members: np.ndarray,  # [num_members]: sequences
+    query_start: np.ndarray,
+    visible: np.ndarray,
+    page_table: np.ndarray,
     page_size: int,
+    device: torch.device | str,
 ) -> Tiles:
-    owner, rows = cut
-    num_tokens, device = len(visible), visible.device
+    num_tokens = len(visible)
+    owner, rows = _cut(members, query_start, num_tokens)
+    is_empty = rows == num_tokens
+    seen = np.append(visible, 0)[rows]  # [num_tiles, tile_len]
+    reach = seen.max(axis=1, keepdims=True)
+    position = np.arange(reach.max())
+    slots = page_table[owner[:, None], position // page_size] * page_size + position % page_size
+    # Lanes past what a tile sees read its first slot: masked, but finite, for 0 × NaN would be NaN.
+    slots = np.where(position < reach, slots, slots[:, :1])
+    # Empty lanes see what their tile does: no NaN.
+    mask = position < np.where(is_empty, reach, seen)[..., None]
     are_all_rows = rows.size == num_tokens and bool((rows.ravel() == np.arange(num_tokens)).all())
-    tile_rows = torch.from_numpy(rows).to(device)
+    return Tiles(
+        rows=torch.as_tensor(rows, device=device),
+        slots=torch.as_tensor(slots, device=device),
+        mask=None if mask.all() else torch.as_tensor(mask[:, None], device=device),
+        are_all_rows=are_all_rows,
+    )
 
-    position = torch.arange(context_len, device=device)
-    owners = torch.from_numpy(owner).to(device)
-    tables = page_table[owners]
-    slots = tables[:, position // page_size] * page_size + position % page_size
-    # Lanes past a sequence's end read its first slot: masked, but finite, for 0 × NaN would be NaN.
-    ends = exact_lens[owners, None]
-    slots = torch.where(position < ends, slots, slots[:, :1])
-    # Empty lanes see everything: no NaN.
-    seen = functional.pad(visible, (0, 1), value=context_len)[tile_rows]
-    mask = (position < seen[..., None])[:, None]
-    # Elsewhere to ask would be to wait for the device.
-    sees_all = device.type == "cpu" and bool(mask.all())
-    return Tiles(tile_rows, slots, None if sees_all else mask, are_all_rows)
+
+def _cut(
+    members: np.ndarray, query_start: np.ndarray, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sequence of each tile [num_tiles] and its rows [num_tiles, tile_len], num_tokens where a
+    lane is empty.
+    """
+    first, end = query_start[members], query_start[members + 1]
+    lens = end - first
+    tile_len = min(MAX_TILE_LEN, int(lens.max()))
+    if tile_len == 1:
+        return members, first[:, None]
+    tiles_of = -(-lens // tile_len)
+    owner = np.repeat(np.arange(len(members)), tiles_of)
+    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
+    rows = (first[owner] + index * tile_len)[:, None] + np.arange(tile_len)
+    rows[rows >= end[owner][:, None]] = num_tokens
+    return members[owner], rows
 
 
 def paged_attention_reference(
@@ -126,7 +127,7 @@ def paged_attention_reference(
     give exactly 0.
     """
     num_tokens = len(query)
-    entries = cache.entries[layer]  # [num_slots, 2, num_kv_heads, head_dim]
+    entries = cache.layers[layer]  # [num_slots, 2, num_kv_heads, head_dim]
     if len(inputs.tiles) == 1 and inputs.tiles[0].are_all_rows:
         return _attend(query, entries, inputs.tiles[0]).view_as(query)
     out = query.new_zeros(num_tokens + 1, *query.shape[1:])  # the last row takes the empty lanes

@@ -7,9 +7,9 @@ A pass that is launched before the one before it was read gets on the device wha
 pending: see replicas/look_ahead.py.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -60,26 +60,23 @@ class Batch:
         queries = [item.query for item in scheduled]
 
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return torch.as_tensor(array, device=device)
 
         lens = np.array([len(query.token_ids) for query in queries])  # [num_sequences]
         starts = np.array([query.start for query in queries])
         query_start = np.concatenate(([0], lens.cumsum()))
         owner = np.repeat(np.arange(len(queries)), lens)  # [num_tokens]
-        token_ids = tensor(
-            np.concatenate([np.asarray(query.token_ids, dtype=np.int64) for query in queries])
-        )
+        token_ids = tensor(_chained([query.token_ids for query in queries]))
         shifts = None
         if unread is not None and any(query.pending for query in queries):
             shifts = fill_pending(scheduled, query_start, token_ids, unread)
 
         counts = np.array([len(query.answers) for query in queries])
-        answers = [np.asarray(query.answers, dtype=np.int64) for query in queries]
-        answer_rows = np.concatenate(answers) + np.repeat(query_start[:-1], counts)
-        kinds = np.array([query.kind for query in queries])
-        draft_rows = np.flatnonzero((kinds == PassKind.DRAFT)[owner])
-        places = _place(scheduled, query_start, owner, starts, kinds != PassKind.CAUSAL,
-                        page_size, shifts, tensor)  # fmt: skip
+        answer_rows = _chained([query.answers for query in queries])
+        answer_rows += np.repeat(query_start[:-1], counts)
+        places = _place(scheduled, query_start, owner, starts, page_size, shifts, device)
+        drafts = [query.kind is PassKind.DRAFT for query in queries]
+        draft_rows = np.flatnonzero(np.repeat(drafts, lens)) if any(drafts) else None
         return cls(
             token_ids=token_ids,
             positions=places.positions,
@@ -89,7 +86,7 @@ class Batch:
             sampling=build_sampling(
                 scheduled, counts, places.positions, answer_rows, mask_id, vocab_size, tensor
             ),
-            draft_rows=tensor(draft_rows) if len(draft_rows) else None,
+            draft_rows=None if draft_rows is None else tensor(draft_rows),
             scheduled=scheduled,
             query_start=query_start,
             num_answers=counts,
@@ -163,30 +160,35 @@ def _place(
     query_start: np.ndarray,  # [num_sequences + 1]
     owner: np.ndarray,  # [num_tokens]: sequence of each row
     starts: np.ndarray,  # [num_sequences]: as far as the host knows
-    is_block: np.ndarray,  # [num_sequences] bool
     page_size: int,
     shifts: Shifts | None,
-    tensor: Callable[[np.ndarray], Tensor],
+    device: torch.device | str,
 ) -> _Places:
     ends = starts + np.diff(query_start)
-    host_positions = np.arange(len(owner)) - query_start[owner] + starts[owner]
+    positions = np.arange(len(owner)) + (starts - query_start[:-1])[owner]
     # A row of a causal pass sees up to itself, a row of a block pass up to the end of its block.
-    host_visible = np.where(is_block[owner], ends[owner], host_positions + 1)
-    positions, visible = tensor(host_positions), tensor(host_visible)
+    visible = positions + 1
+    is_block = [item.query.kind is not PassKind.CAUSAL for item in scheduled]
+    if any(is_block):
+        visible = np.where(np.array(is_block)[owner], ends[owner], visible)
     if shifts is None:
-        tables = _page_tables(scheduled, ends, page_size)
-        slots = tensor(_slots(tables, owner, host_positions, page_size))
-        pages = tensor(tables)
-        attention = AttentionInputs.build(query_start, ends, visible, pages, page_size)
-        return _Places(positions, slots, attention)
-    owners = tensor(owner)
-    positions, visible = positions + shifts.exact[owners], visible + shifts.exact[owners]
-    at_most = ends + shifts.at_most
-    pages = tensor(_page_tables(scheduled, at_most, page_size))
-    slots = _slots(pages, owners, positions, page_size)
-    exact_ends = tensor(ends) + shifts.exact
-    attention = AttentionInputs.build(query_start, at_most, visible, pages, page_size, exact_ends)
-    return _Places(positions, slots, attention)
+        pages = _page_tables(scheduled, ends, page_size)
+        slots = _slots(pages, owner, positions, page_size)
+        attention = AttentionInputs.build(query_start, visible, pages, page_size, device)
+        return _Places(
+            torch.as_tensor(positions, device=device),
+            torch.as_tensor(slots, device=device),
+            attention,
+        )
+    pages = _page_tables(scheduled, ends + shifts.at_most, page_size)
+    owners = torch.as_tensor(owner, device=device)
+    moved = torch.as_tensor(positions, device=device) + shifts.exact[owners]
+    moved_slots = _slots(torch.as_tensor(pages, device=device), owners, moved, page_size)
+    # The portable attention is laid out by the host and waits for the device here; a kernel need
+    # not.
+    exact = visible + shifts.exact.cpu().numpy()[owner]
+    attention = AttentionInputs.build(query_start, exact, pages, page_size, device)
+    return _Places(moved, moved_slots, attention)
 
 
 Indices = TypeVar("Indices", np.ndarray, Tensor)
@@ -197,6 +199,11 @@ def _slots(pages: Indices, owner: Indices, positions: Indices, page_size: int) -
     pages = pages[owner, positions // page_size]
     slots: Indices = pages * page_size + positions % page_size
     return slots
+
+
+def _chained(lists: list[SequenceOf[int]]) -> np.ndarray:
+    """One after the other, int64."""
+    return np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists)))
 
 
 def _page_tables(

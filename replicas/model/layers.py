@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4 and not torch.is_grad_enabled():
             # Fewer operations than functional.rms_norm; a gradient through the norm of 0 is NaN.
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
+            scale = norm.mul_(norm).mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
             out: Tensor = (x * scale).mul_(weight)
             return out
         # Narrow x is rounded before the weight is applied, as the published code has it.
