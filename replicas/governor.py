@@ -23,7 +23,7 @@ from trimode.replicas.step_profile import RowCurve, StepProfile
 
 RATIO_DECAY = 0.98  # of measured over predicted seconds, a step
 # The engine's own acceptance outlives that of any sequence; its prior is only where it starts.
-ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.995, 8.0
+ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.998, 8.0
 MAX_CREDIT = 16.0  # tokens that may be saved up to be lost to probes
 PROBE = 1  # index of a probe's size
 CONTEXT_BUCKET = 32  # slots a sequence, on average, that one row curve stands for
@@ -58,9 +58,7 @@ class Governor:
         self._profile = profile
         self._max_block_size = max_block_size
         self._hysteresis = hysteresis
-        self._engine = Acceptance(
-            prior, ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT
-        )
+        self._engine = Acceptance(prior, ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT)
         self._explored = explored
         self._credit = MAX_CREDIT if explored else 0.0  # tokens that may be lost to probes now
         self._curves: dict[tuple[int, int], RowCurve] = {}

@@ -46,7 +46,6 @@ SLOPES = np.array(
         for high in range(1, NUM_SIZES)
     ]
 )
-DIAGONAL = np.arange(NUM_SIZES - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +171,12 @@ class SizeProblem:
         steepest way on from the flattest way here.
         """
         slopes = (SLOPES @ self.tokens.T).reshape(NUM_SIZES - 1, NUM_SIZES - 1, -1)
-        flattest = np.minimum.accumulate(slopes, axis=0)
-        steepest = np.maximum.accumulate(flattest[:, ::-1], axis=1)[:, ::-1]
-        return np.asarray(steepest[DIAGONAL, DIAGONAL].T)
+        flattest = slopes[0]  # [later sizes, num_candidates]
+        gains = [flattest.max(axis=0)]
+        for step in range(1, NUM_SIZES - 1):
+            flattest = np.minimum(flattest[1:], slopes[step, step:])
+            gains.append(flattest.max(axis=0))
+        return np.stack(gains, axis=1)
 
 
 def _expected(candidate: Candidate, num_sizes: int) -> tuple[float, ...]:
