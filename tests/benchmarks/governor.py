@@ -27,7 +27,7 @@ from trimode.replicas.step_profile import StepProfile
 
 Probabilities = tuple[float, float, float, float]  # by position group
 OUT = Path(__file__).parents[2] / "docs" / "measurements"
-TOKENS = 8000  # of a run, and so many times more as there are sequences by the square root
+TOKENS = 5000  # of a run, and so many times more as there are sequences by the square root
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 STRETCH = 64  # tokens after which a text changes its character
 
