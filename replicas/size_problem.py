@@ -109,9 +109,8 @@ class SizeProblem:
 
     def favour(self, sizes: Sequence[int], part: float) -> None:
         """Count that part of its tokens more for each candidate's size (0: none): hysteresis."""
-        held = [INDEX_OF.get(size, 0) for size in sizes]
-        factors = [1 + part if size else 1.0 for size in sizes]
-        self.tokens[self.indices, held] *= factors
+        held = [i * NUM_SIZES + INDEX_OF[size] for i, size in enumerate(sizes) if size]
+        self.tokens.reshape(-1)[np.array(held, dtype=np.int64)] *= 1 + part
 
     def best(self) -> Ints:
         """Size indices [num_candidates] of the most tokens a second."""
@@ -151,15 +150,16 @@ class SizeProblem:
         order = np.argsort(-gains, axis=None, kind="stable")
         order = order[: np.count_nonzero(gains > 0)]
         added = STEP_ROWS[order % len(STEP_ROWS)]
-        total = np.cumsum(np.append(self.tokens[:, 0].sum(), gains.ravel()[order] * added))
-        rows = np.cumsum(np.append(count, added))
+        first = (self.tokens[:, 0].sum(),)
+        total = np.cumsum(np.concatenate((first, gains.ravel()[order] * added)))
+        rows = np.cumsum(np.concatenate(((count,), added)))
 
         # Where a size is not allowed, the largest that is.
         largest = (self.tokens > 0).sum(axis=1) - 1
         uniform = np.minimum(SIZES[:, None], largest)  # [num_sizes, num_candidates]
         goodput = self._goodput(
-            np.append(total, self.tokens[self.indices, uniform].sum(axis=1)),
-            np.append(rows, ROWS[uniform].sum(axis=1)),
+            np.concatenate((total, self.tokens[self.indices, uniform].sum(axis=1))),
+            np.concatenate((rows, ROWS[uniform].sum(axis=1))),
         )
         best = int(goodput.argmax())
         if best > len(order):
