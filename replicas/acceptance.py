@@ -103,8 +103,9 @@ class Acceptance:
             count = min(end, block_size - 1) - start
             if count <= 0:
                 break
-            total += reach * _series(probability, count)
-            reach *= probability**count
+            power = probability**count
+            total += reach * _series(probability, power, count)
+            reach *= power
             start = end
         return total
 
@@ -120,19 +121,20 @@ class Acceptance:
             if tried and LOWEST < prior < HIGHEST:
                 found = min(max(probability, LOWEST), HIGHEST)
                 odds = found * (1 - prior) / ((1 - found) * prior)
-            total += reach * _series(probability, end - start)
-            reach *= probability ** (end - start)
+            power = probability ** (end - start)
+            total += reach * _series(probability, power, end - start)
+            reach *= power
             start = end
             expected.append(total)
         self._probabilities = tuple(probabilities)
         self._expected = tuple(expected)
 
 
-def _series(probability: float, count: int) -> float:
-    """p + p^2 + ... + p^count."""
+def _series(probability: float, power: float, count: int) -> float:
+    """p + p^2 + ... + p^count, power being the last of them."""
     if probability > 1 - 1e-6:  # where the closed form loses all its digits
         return float(count)
-    return probability * (1 - probability**count) / (1 - probability)
+    return probability * (1 - power) / (1 - probability)
 
 
 def load_prior(folder: Path) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from trimode.replicas.step_profile import RowCurve, StepProfile
 
 RATIO_DECAY = 0.98  # of measured over predicted seconds, a step
 # The engine's own acceptance outlives that of any sequence; its prior is only where it starts.
-ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.995, 8.0
+ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.998, 8.0
 MAX_CREDIT = 16.0  # tokens that may be saved up to be lost to probes
 PROBE = 1  # index of a probe's size
 CONTEXT_BUCKET = 32  # slots a sequence, on average, that one row curve stands for
@@ -34,7 +34,8 @@ MAX_CURVES = 256  # kept
 class GovernorStats:
     """Counts since the start; positions count from the first draft of a block."""
 
-    rounds_by_size: Mapping[int, int]  # chosen
+    rounds_by_size: Mapping[int, int]  # ended
+    probes: int  # rounds that were only there to learn
     tried_by_position: tuple[int, ...]  # drafts whose predecessors were all kept
     kept_by_position: tuple[int, ...]
     steps: int
@@ -66,6 +67,7 @@ class Governor:
         # One more than there are drafts: differences, summed up only for a snapshot.
         self._tried = [0] * (NUM_DRAFTS + 1)
         self._kept = [0] * (NUM_DRAFTS + 1)
+        self._probes = 0
         self._passes = 0
         self._has_drafted = False  # since the last revisit
         self._steps = 0
@@ -100,9 +102,7 @@ class Governor:
         chosen = problem.best()
         if self._credit > 0:
             chosen = self._probe(problem, chosen, starting)
-        sizes = [BLOCK_SIZES[index] for index in chosen.tolist()]
-        self._rounds.update(sizes)
-        return sizes
+        return [BLOCK_SIZES[index] for index in chosen.tolist()]
 
     def _probe(self, problem: SizeProblem, chosen: Ints, starting: Sequence[Candidate]) -> Ints:
         """Who decodes plainly learns nothing of its drafts: let the one that has done so for the
@@ -120,6 +120,7 @@ class Governor:
         if lost > self._credit:
             return chosen
         self._credit -= max(lost, 0.0)
+        self._probes += 1
         return probed
 
     def _curve(self, starting: Sequence[Candidate], companions: Companions) -> RowCurve:
@@ -139,6 +140,7 @@ class Governor:
 
     def observe(self, acceptance: Acceptance, block_size: int, accepted: int) -> None:
         """A round of a sequence ended, with so many tokens kept, the bonus token included."""
+        self._rounds[block_size] += 1
         self._credit = min(MAX_CREDIT, self._credit + self._explored * accepted)
         if block_size == 1:
             acceptance.rounds_untried += 1
@@ -173,6 +175,7 @@ class Governor:
 
         return GovernorStats(
             rounds_by_size=dict(self._rounds),
+            probes=self._probes,
             tried_by_position=reached(self._tried),
             kept_by_position=reached(self._kept),
             steps=self._steps,

@@ -29,7 +29,7 @@ def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
         autoregressive=len(plain),
         block_sequences=len(blocks),
         block_rows=sum(s.rows for s in blocks),
-        block_tokens=sum(s.expected_tokens for s in blocks),
+        block_tokens=sum(_tokens_per_pass(s) for s in blocks),
         prefill_sequences=len(prefilling),
         prefill_rows=sum(s.prefill_end - s.num_committed for s in prefilling),
         context_tokens=sum(s.num_committed for s in running)
@@ -44,3 +44,12 @@ def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
     ]  # fmt: skip
     for sequence, size in zip(starting, governor.choose(candidates, companions), strict=True):
         sequence.block_size = size
+
+
+def _tokens_per_pass(sequence: Sequence) -> float:
+    """Of a block that is not chosen now: where nothing is learnt of it (block diffusion, a pinned
+    size), what it kept until now.
+    """
+    if sequence.acceptance is not None:
+        return sequence.expected_tokens
+    return sequence.num_output_tokens / max(1, sequence.num_forwards)

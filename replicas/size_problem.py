@@ -46,7 +46,6 @@ SLOPES = np.array(
         for high in range(1, NUM_SIZES)
     ]
 )
-DIAGONAL = np.arange(NUM_SIZES - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +109,8 @@ class SizeProblem:
 
     def favour(self, sizes: Sequence[int], part: float) -> None:
         """Count that part of its tokens more for each candidate's size (0: none): hysteresis."""
-        held = [INDEX_OF.get(size, 0) for size in sizes]
-        factors = [1 + part if size else 1.0 for size in sizes]
-        self.tokens[self.indices, held] *= factors
+        held = [i * NUM_SIZES + INDEX_OF[size] for i, size in enumerate(sizes) if size]
+        self.tokens.reshape(-1)[np.array(held, dtype=np.int64)] *= 1 + part
 
     def best(self) -> Ints:
         """Size indices [num_candidates] of the most tokens a second."""
@@ -152,15 +150,16 @@ class SizeProblem:
         order = np.argsort(-gains, axis=None, kind="stable")
         order = order[: np.count_nonzero(gains > 0)]
         added = STEP_ROWS[order % len(STEP_ROWS)]
-        total = np.cumsum(np.append(self.tokens[:, 0].sum(), gains.ravel()[order] * added))
-        rows = np.cumsum(np.append(count, added))
+        first = (self.tokens[:, 0].sum(),)
+        total = np.cumsum(np.concatenate((first, gains.ravel()[order] * added)))
+        rows = np.cumsum(np.concatenate(((count,), added)))
 
         # Where a size is not allowed, the largest that is.
         largest = (self.tokens > 0).sum(axis=1) - 1
         uniform = np.minimum(SIZES[:, None], largest)  # [num_sizes, num_candidates]
         goodput = self._goodput(
-            np.append(total, self.tokens[self.indices, uniform].sum(axis=1)),
-            np.append(rows, ROWS[uniform].sum(axis=1)),
+            np.concatenate((total, self.tokens[self.indices, uniform].sum(axis=1))),
+            np.concatenate((rows, ROWS[uniform].sum(axis=1))),
         )
         best = int(goodput.argmax())
         if best > len(order):
@@ -172,9 +171,12 @@ class SizeProblem:
         steepest way on from the flattest way here.
         """
         slopes = (SLOPES @ self.tokens.T).reshape(NUM_SIZES - 1, NUM_SIZES - 1, -1)
-        flattest = np.minimum.accumulate(slopes, axis=0)
-        steepest = np.maximum.accumulate(flattest[:, ::-1], axis=1)[:, ::-1]
-        return np.asarray(steepest[DIAGONAL, DIAGONAL].T)
+        flattest = slopes[0]  # [later sizes, num_candidates]
+        gains = [flattest.max(axis=0)]
+        for step in range(1, NUM_SIZES - 1):
+            flattest = np.minimum(flattest[1:], slopes[step, step:])
+            gains.append(flattest.max(axis=0))
+        return np.stack(gains, axis=1)
 
 
 def _expected(candidate: Candidate, num_sizes: int) -> tuple[float, ...]:

@@ -78,6 +78,7 @@ def main() -> None:
             "prompts": len(prompts),
             "new_tokens": NEW_TOKENS,
             "temperatures": TEMPERATURES,
+            "seeds": SEEDS,
             "rounds": len(rounds),
             "accepted_per_round": round(sum(rounds) / len(rounds), 3),
             "tried": tried,

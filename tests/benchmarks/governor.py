@@ -1,20 +1,24 @@
 """The governor against every fixed block size, on populations of sequences whose drafts are kept
 with known probabilities, in simulated time.
 
-    python tests/benchmarks/governor.py [PROFILE.json]
+    python tests/benchmarks/governor.py
 
-Prints the governor's goodput as a part of the best fixed size's, for each text and each number of
-sequences. Without a profile: a machine that is bound by memory up to 256 rows.
+Writes docs/measurements/governor.json: the governor's goodput as a part of the best fixed size's,
+for each text, prior and number of sequences, on the CPU of profile_cpu.json and on a machine that
+is bound by memory up to 256 rows.
 """
 
-import sys
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from trimode.replicas.acceptance import BLOCK_SIZES, DEFAULT_PRIOR, GROUP_ENDS, Acceptance
 from trimode.replicas.governor import Governor
@@ -22,7 +26,8 @@ from trimode.replicas.round_sizes import set_block_sizes
 from trimode.replicas.step_profile import StepProfile
 
 Probabilities = tuple[float, float, float, float]  # by position group
-TOKENS = 8000  # of a run, and so many times more as there are sequences by the square root
+OUT = Path(__file__).parents[2] / "docs" / "measurements"
+TOKENS = 5000  # of a run, and so many times more as there are sequences by the square root
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 STRETCH = 64  # tokens after which a text changes its character
 
@@ -188,38 +193,51 @@ def memory_bound(knee: int = 256, draft_factor: float = 1.05) -> StepProfile:
     return StepProfile(counts, rows, contexts, grid(1.0), grid(draft_factor))
 
 
-def ratio(
+def best_fixed(
+    profile: StepProfile, text: Text, concurrency: int, tokens: int = TOKENS
+) -> tuple[float, int]:
+    """Goodput of the block size that suits this load best, and the size."""
+    wanted = int(tokens * concurrency**0.5)
+    return max(
+        (simulate(profile, text, concurrency, size, wanted).goodput, size) for size in BLOCK_SIZES
+    )
+
+
+def governed(
     profile: StepProfile,
     text: Text,
     concurrency: int,
     prior: Sequence[float] = DEFAULT_PRIOR,
     tokens: int = TOKENS,
-) -> tuple[float, int, Result]:
-    """The governor's goodput over the best fixed size's, that size, and the governor's run."""
-    wanted = int(tokens * concurrency**0.5)
-    fixed = {
-        size: simulate(profile, text, concurrency, size, wanted).goodput for size in BLOCK_SIZES
-    }
-    best = max(fixed, key=fixed.__getitem__)
-    governed = simulate(profile, text, concurrency, Governor(profile, prior=prior), wanted)
-    return governed.goodput / fixed[best], best, governed
+) -> Result:
+    """The same load under a new governor: what it must learn first is part of the run."""
+    governor = Governor(profile, prior=prior)
+    return simulate(profile, text, concurrency, governor, int(tokens * concurrency**0.5))
 
 
 def main() -> None:
-    profile = StepProfile.load(Path(sys.argv[1])) if len(sys.argv) > 1 else memory_bound()
-    for name, prior in (
-        ("default", DEFAULT_PRIOR),
-        ("too low", flat(0.1)),
-        ("too high", flat(0.95)),
-    ):
-        print(f"prior {name}: governor / best fixed size (that size)")
-        print(" " * 10, *(f"{n:>11}" for n in CONCURRENCIES))
-        for text in TEXTS:
-            cells = []
-            for concurrency in CONCURRENCIES:
-                value, best, _ = ratio(profile, text, concurrency, prior)
-                cells.append(f"{value:.3f} ({best})")
-            print(f"{text.name:10}", *(f"{cell:>11}" for cell in cells), flush=True)
+    machines = {"cpu": StepProfile.load(OUT / "profile_cpu.json"), "memory_bound": memory_bound()}
+    priors = {"default": DEFAULT_PRIOR, "too_low": flat(0.1), "too_high": flat(0.95)}
+    document: dict[str, Any] = {
+        "command": "python tests/benchmarks/governor.py",
+        "meaning": "governor's goodput / the best fixed block size's; [that, the size]",
+        "tokens": f"{TOKENS} x sqrt(sequences)",
+        "ratios": {},
+    }
+    cases = list(product(machines, TEXTS, CONCURRENCIES))
+    for machine, text, concurrency in track(cases, description="simulating"):
+        best, size = best_fixed(machines[machine], text, concurrency)
+        for name, prior in priors.items():
+            result = governed(machines[machine], text, concurrency, prior)
+            table = document["ratios"].setdefault(machine, {}).setdefault(f"prior {name}", {})
+            table.setdefault(text.name, {})[concurrency] = [round(result.goodput / best, 3), size]
+    (OUT / "governor.json").write_text(dump(document))
+
+
+def dump(document: dict[str, Any]) -> str:
+    """JSON, one line a text."""
+    lines = json.dumps(document, indent=1)
+    return re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -38,19 +38,21 @@ def test_no_fixed_size_serves_a_population_better(
 ) -> None:
     """Within what probes, hysteresis and a short run cost; longer runs are in docs/governor.md."""
     texts = {each.name: each for each in bench.TEXTS}
-    part, _, _ = bench.ratio(profile, texts[text], count, tokens=1500)
-    assert part > (0.9 if text == "changing" else 0.94)
+    best, _ = bench.best_fixed(profile, texts[text], count, 1500)
+    run = bench.governed(profile, texts[text], count, tokens=1500)
+    assert run.goodput > best * (0.9 if text == "changing" else 0.94)
 
 
 def test_each_sequence_of_a_mixed_population_gets_what_suits_it(bench: ModuleType) -> None:
     texts = {each.name: each for each in bench.TEXTS}
-    part, _, run = bench.ratio(bench.memory_bound(), texts["mixed"], 16, tokens=2500)
-    assert part > 1.05 and len(run.rounds) > 2
+    best, _ = bench.best_fixed(bench.memory_bound(), texts["mixed"], 16, 2500)
+    run = bench.governed(bench.memory_bound(), texts["mixed"], 16, tokens=2500)
+    assert run.goodput > 1.05 * best and len(run.rounds) > 2
 
 
 @pytest.mark.parametrize("prior", [0.1, 0.95])
 def test_a_wrong_prior_is_outgrown(bench: ModuleType, profile: StepProfile, prior: float) -> None:
     texts = {each.name: each for each in bench.TEXTS}
     text = texts["0.90 kept" if prior < 0.5 else "0.00 kept"]
-    part, _, _ = bench.ratio(profile, text, 4, (prior,) * 4, tokens=6000)
-    assert part > 0.9
+    best, _ = bench.best_fixed(profile, text, 4, 6000)
+    assert bench.governed(profile, text, 4, (prior,) * 4, 6000).goodput > 0.9 * best

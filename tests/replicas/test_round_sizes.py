@@ -8,6 +8,7 @@ import pytest
 from trimode.replicas.decoding.strategy import Stage
 from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.governor import Governor
+from trimode.replicas.size_problem import Companions
 from trimode.replicas.step_profile import StepProfile
 from trimode.replicas.types import Mode, Request
 
@@ -95,6 +96,28 @@ def test_each_request_of_a_mixed_batch_keeps_its_own(run: Any, make_request: Any
     )
     assert drafted(queries, "pinned") == {3} and max(drafted(queries, "free")) == 32
     assert sum(chooser.stats().rounds_by_size.values()) > 0
+
+
+def test_a_companion_counts_with_what_it_keeps(
+    run: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Companions] = []
+    choose = Governor.choose
+
+    def record(self: Governor, starting: Any, companions: Companions) -> list[int]:
+        seen.append(companions)
+        return choose(self, starting, companions)
+
+    monkeypatch.setattr(Governor, "choose", record)
+    outputs, _ = run(
+        governor(0.0),
+        make_request(SPECULATION, max_tokens=100, request_id="free"),
+        make_request(SPECULATION, max_tokens=100, request_id="pinned", block_size=16),
+    )
+    finish = outputs["pinned"].finish
+    together = [each for each in seen if each.block_sequences]
+    assert {each.block_rows for each in together} == {16}
+    assert together[-1].block_tokens == pytest.approx(100 / finish.forwards, 0.3)
 
 
 @pytest.mark.parametrize("row_s", [0.0, 0.05, 10.0])
