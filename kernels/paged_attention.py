@@ -129,7 +129,7 @@ def paged_attention_reference(
     num_tokens = len(query)
     entries = cache.layers[layer]  # [num_slots, 2, num_kv_heads, head_dim]
     if len(inputs.tiles) == 1 and inputs.tiles[0].are_all_rows:
-        return _attend(query, entries, inputs.tiles[0]).view_as(query)
+        return _attend(query, entries, inputs.tiles[0])
     out = query.new_zeros(num_tokens + 1, *query.shape[1:])  # the last row takes the empty lanes
     for tiles in inputs.tiles:
         rows = tiles.rows.flatten()

@@ -21,17 +21,21 @@ AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 (float64 stays so) whatever the dtype of x."""
 
+    eps_term: Tensor
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.register_buffer("eps_term", torch.tensor([eps]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, size]
         weight = self.weight
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4 and not torch.is_grad_enabled():
             # Fewer operations than functional.rms_norm; a gradient through the norm of 0 is NaN.
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale = norm.mul_(norm).mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
+            mean_square = torch.addcmul(self.eps_term, norm, norm, value=1 / x.shape[-1])
+            scale = mean_square.rsqrt_()
             out: Tensor = (x * scale).mul_(weight)
             return out
         # Narrow x is rounded before the weight is applied, as the published code has it.
@@ -110,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     sin is negative for the first half.
     """
-    return x * cos + x.flip(2) * sin
+    return torch.addcmul(x * cos, x.flip(2), sin)
 
 
 def input_major(in_features: int, out_features: int) -> nn.Linear:
@@ -146,7 +150,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.widths = [config.query_width, config.kv_width, config.kv_width]
         self.qkv_proj = input_major(config.hidden_size, sum(self.widths))
-        self.o_proj = nn.Linear(config.query_width, config.hidden_size, bias=False)
+        self.o_proj = input_major(config.query_width, config.hidden_size)
         self.draft_adapter: DraftAdapter | None = None
 
     def forward(
@@ -176,7 +180,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = input_major(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = input_major(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size]
         gate, up = functional.linear(x, self.gate_up_proj.weight).chunk(2, dim=-1)
