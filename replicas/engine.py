@@ -10,7 +10,7 @@ from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES, Registry
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Stage
 from trimode.replicas.errors import InvalidRequest, RequestError
-from trimode.replicas.governor import Governor
+from trimode.replicas.governor import Governor, GovernorStats
 from trimode.replicas.grammar import GrammarState
 from trimode.replicas.language import Language
 from trimode.replicas.model_runner import ModelRunner
@@ -75,6 +75,10 @@ class Engine:
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
+
+    def governor_stats(self) -> GovernorStats | None:
+        """What the governor decided and saw; None where there is none."""
+        return None if self._governor is None else self._governor.stats()
 
     def compile(self, request: Request) -> GrammarState | None:
         """The state before the first token of a request's grammar, where it has one. May take a
@@ -153,7 +157,9 @@ class Engine:
         # A pass that was launched ahead runs once the one before it is done.
         seconds = now - max(launched.started_at, self._read_at)
         self._read_at = now
-        if self._governor is not None:
+        if self._governor is not None and any(
+            item.sequence.is_governed for item in launched.scheduled
+        ):
             _observe(self._governor, launched.scheduled, seconds)
         chunks = self._scheduler.update(launched.scheduled, answers)
         if self._on_step is not None:

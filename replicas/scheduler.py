@@ -20,11 +20,12 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 from trimode.replicas.config import EngineConfig
-from trimode.replicas.decoding.strategy import Outcome, PassKind, Pending, Position, Query, Stage
+from trimode.replicas.decoding.strategy import Pending, Query
 from trimode.replicas.errors import InvalidRequest, Overloaded
 from trimode.replicas.governor import Governor
 from trimode.replicas.page_tables import PageCopy, PageTables
 from trimode.replicas.prefix_cache import KVEvent
+from trimode.replicas.queries import next_query, prefill_query, take
 from trimode.replicas.round_sizes import set_block_sizes
 from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.sequence import Sequence
@@ -48,6 +49,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by rank
         self._running: list[Sequence] = []  # in the order of their turn
         self._num_added = 0
+        self._num_governed = 0  # of the running ones
         self._num_preemptions = 0
         self._next_deadline = math.inf
 
@@ -138,7 +140,7 @@ class Scheduler:
         for sequence in prefilling:
             if left == 0:
                 break
-            query = _prefill_query(sequence, left)
+            query = prefill_query(sequence, left)
             left -= len(query.token_ids)
             scheduled.append(Scheduled(sequence, query, sequence.num_seatings))
         now = self._clock()
@@ -161,7 +163,7 @@ class Scheduler:
             if item.seating != sequence.num_seatings or not sequence.page_table:
                 continue
             query, sequence.unread = sequence.unread or item.query, None
-            outcome = _take(sequence, query, answer)
+            outcome = take(sequence, query, answer)
             sequence.num_committed += outcome.num_committed
             if outcome.accepted is not None:
                 sequence.accepted.append(outcome.accepted)
@@ -189,7 +191,7 @@ class Scheduler:
         for item in scheduled:
             sequence = item.sequence
             if item.seating == sequence.num_seatings and sequence.page_table:
-                resolved = item.query if item.query.pending is None else _next_query(sequence)
+                resolved = item.query if item.query.pending is None else next_query(sequence)
                 sequence.unread = resolved
 
     def drain_copies(self) -> list[PageCopy]:
@@ -241,6 +243,7 @@ class Scheduler:
             return False
         self._waiting.remove(sequence)
         self._running.append(sequence)
+        self._num_governed += sequence.is_governed
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -252,7 +255,7 @@ class Scheduler:
 
     def _decode_queries(self) -> dict[Sequence, Query]:
         """What each decoding sequence wants, with its pages; who lost its own is left out."""
-        if self._governor is not None:
+        if self._governor is not None and self._num_governed:
             set_block_sizes(self._governor, self._running)
         queries: dict[Sequence, Query] = {}
         for sequence in list(self._running):
@@ -263,7 +266,7 @@ class Scheduler:
                 if query is not None:
                     queries[sequence] = query
                 continue
-            queries[sequence] = query = _next_query(sequence)
+            queries[sequence] = query = next_query(sequence)
             while sequence.page_table and not self._tables.extend(sequence, query.end):
                 victim = max(self._running, key=_rank)
                 self._preempt(victim)
@@ -304,6 +307,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._num_governed -= sequence.is_governed
         self._tables.release(sequence)
         sequence.unread = None
 
@@ -311,35 +315,3 @@ class Scheduler:
 def _rank(sequence: Sequence) -> tuple[int, int]:
     """Lower is served first and preempted last."""
     return sequence.request.priority, sequence.order
-
-
-def _next_query(sequence: Sequence) -> Query:
-    """What a sequence asks whose answers have all been read."""
-    start = sequence.num_launched
-    known_id = sequence.token_ids[start]
-    return sequence.strategy.next_query(Position(known_id, start, sequence.block_size))
-
-
-def _prefill_query(sequence: Sequence, budget: int) -> Query:
-    """The next chunk of the prefill; a prompt's last token answers the first output token."""
-    start = sequence.num_launched
-    end = min(sequence.prefill_end, start + budget)
-    first = sequence.num_output_tokens == 0  # else it only restores what a preemption took
-    answers = (end - start - 1,) if first and end == sequence.prefill_end else ()
-    token_ids = sequence.token_ids[start:end]
-    return Query(Stage.PREFILL, PassKind.CAUSAL, token_ids, start, answers)
-
-
-def _take(sequence: Sequence, query: Query, answer: Answers) -> Outcome:
-    """Hand the answers to whoever asked, and count the pass."""
-    if query.stage is Stage.PREFILL:
-        if query.answers:  # all chunks of a prefill count as one forward
-            sequence.num_forwards += 1
-        return Outcome(
-            answer.token_ids, num_committed=len(query.token_ids), logprobs=answer.logprobs
-        )
-    sequence.num_forwards += 1
-    token_ids = answer.token_ids
-    if query.num_candidates:
-        token_ids = sequence.put_in_grammar(query, token_ids, answer.candidates)
-    return sequence.strategy.accept(token_ids, answer.confidences, answer.logprobs)

@@ -38,6 +38,7 @@ class Sequence:
     # The prefill ends here: at the prompt's end, after a preemption where decoding had come to.
     prefill_end: int = 0
     wants_edits: bool = False  # its logits are changed before the draw
+    is_governed: bool = False  # a governor may pick its block sizes
     needs_host: bool = False  # what it asks next, or its edits, depend on the last answers
     num_forwards: int = 0
     accepted: list[int] = field(default_factory=list)
@@ -53,6 +54,9 @@ class Sequence:
             request.has_penalties or request.logit_bias or request.min_tokens
             or request.thinking is not None or self.grammar is not None
         )  # fmt: skip
+        self.is_governed = (
+            request.governed and request.block_size is None and self.strategy.starts_round()
+        )
         # A bias alone is the same at every position.
         biased_only = not (
             request.has_penalties or request.min_tokens
@@ -88,11 +92,6 @@ class Sequence:
     def starts_round(self) -> bool:
         """Whether the block size of what it asks next may be chosen."""
         return self.strategy.starts_round(self.unread if self.awaits_answers else None)
-
-    @property
-    def is_governed(self) -> bool:
-        """Whether the governor may pick its block sizes."""
-        return self.request.governed and self.request.block_size is None
 
     @property
     def rows(self) -> int:

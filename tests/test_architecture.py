@@ -49,6 +49,7 @@ TORCH_FREE = (
     "replicas/stop_strings.py",
     "replicas/round_sizes.py",
     "replicas/page_tables.py",
+    "replicas/queries.py",
     "replicas/scheduled.py",
     "replicas/sequence.py",
     "replicas/scheduler.py",
