@@ -153,7 +153,17 @@ def main() -> None:
     engines = {
         kind: Engine(RedraftingRunner(runner, redraft), config) for kind, redraft in DRAFTS.items()
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
+    document = {
+        "command": f"python tests/benchmarks/shared_noise.py --prompts {arguments.prompts} "
+        f"--seeds {arguments.seeds}",
+        "machine": describe_machine("torch", "trimode"),
+        "prompts": {domain: len(items) for domain, items in by_domain.items()},
+        "seeds": arguments.seeds,
+        "held_out_prompt_tokens": PROMPT_LEN,
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
     for temperature in TEMPERATURES:
         for block_size in BLOCK_SIZES:
             template = Request(
@@ -165,17 +175,7 @@ def main() -> None:
             row = {"temperature": temperature, "block_size": block_size} | compare(runs)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    document = {
-        "command": f"python tests/benchmarks/shared_noise.py --prompts {arguments.prompts} "
-        f"--seeds {arguments.seeds}",
-        "machine": describe_machine("torch", "trimode"),
-        "prompts": {domain: len(items) for domain, items in by_domain.items()},
-        "seeds": arguments.seeds,
-        "held_out_prompt_tokens": PROMPT_LEN,
-        "new_tokens": NEW_TOKENS,
-        "rows": rows,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
+            OUT.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "vllm_cpu.json"
+COMMAND = "python tests/benchmarks/vllm_cpu.py --python VENV/bin/python"
 PROMPT_LEN, NEW_TOKENS = 64, 64
 CLIENTS = (1, 16)
 MAX_LEN = 512
@@ -293,27 +294,26 @@ def main() -> None:
         return
     from trimode.replicas.machine import describe_machine
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         folders, parameters = write_checkpoints(Path(folder))
         pythons = {"ours": sys.executable, "vllm": arguments.python}
         sides = {side: (pythons[side], folders[side]) for side in ENGINES}
         log = Path(tempfile.gettempdir()) / "vllm_cpu.log"
-        for dtype in arguments.dtypes.split(","):
-            for threads in range(1, len(cores) + 1):
+        for threads in range(1, len(cores) + 1):
+            for dtype in arguments.dtypes.split(","):
                 condition = Condition(dtype, cores[:threads])
                 rows += measure(sides, condition, arguments.repeats, log)
-    document = {
-        "command": "python tests/benchmarks/vllm_cpu.py --python VENV/bin/python",
-        "machine": describe_machine("torch", "trimode"),
-        "peer_versions": _peer_versions(arguments.python),
-        "parameters": parameters,
-        "prompt_tokens": PROMPT_LEN,
-        "new_tokens": NEW_TOKENS,
-        "repeats": arguments.repeats,
-        "rows": rows,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
+                document = {
+                    "command": f"{COMMAND} --cores {arguments.cores} --repeats {arguments.repeats}",
+                    "machine": describe_machine("torch", "trimode"),
+                    "peer_versions": _peer_versions(arguments.python),
+                    "parameters": parameters,
+                    "prompt_tokens": PROMPT_LEN,
+                    "new_tokens": NEW_TOKENS,
+                    "rows": rows,
+                }
+                OUT.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
