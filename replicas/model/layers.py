@@ -21,21 +21,17 @@ AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 (float64 stays so) whatever the dtype of x."""
 
-    eps_term: Tensor
-
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.register_buffer("eps_term", torch.tensor([eps]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, size]
         weight = self.weight
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4 and not torch.is_grad_enabled():
             # Fewer operations than functional.rms_norm; a gradient through the norm of 0 is NaN.
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            mean_square = torch.addcmul(self.eps_term, norm, norm, value=1 / x.shape[-1])
-            scale = mean_square.rsqrt_()
+            scale = norm.mul_(norm).mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
             out: Tensor = (x * scale).mul_(weight)
             return out
         # Narrow x is rounded before the weight is applied, as the published code has it.
