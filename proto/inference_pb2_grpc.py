@@ -31,7 +31,8 @@ class InferenceServiceStub(object):
     Errors are gRPC status codes; the message names the field and the limit:
     INVALID_ARGUMENT    a field is wrong
     RESOURCE_EXHAUSTED  every replica's queue is full, or the message is too large
-    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running
+    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running. Where the server sees it
+    first, the stream ends well instead, with FINISH_REASON_DEADLINE
     UNAVAILABLE         no replica can serve it now; safe to try again
     """
 
@@ -59,7 +60,8 @@ class InferenceServiceServicer(object):
     Errors are gRPC status codes; the message names the field and the limit:
     INVALID_ARGUMENT    a field is wrong
     RESOURCE_EXHAUSTED  every replica's queue is full, or the message is too large
-    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running
+    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running. Where the server sees it
+    first, the stream ends well instead, with FINISH_REASON_DEADLINE
     UNAVAILABLE         no replica can serve it now; safe to try again
     """
 
@@ -106,7 +108,8 @@ class InferenceService(object):
     Errors are gRPC status codes; the message names the field and the limit:
     INVALID_ARGUMENT    a field is wrong
     RESOURCE_EXHAUSTED  every replica's queue is full, or the message is too large
-    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running
+    DEADLINE_EXCEEDED   the call's deadline passed; nothing of the request is left running. Where the server sees it
+    first, the stream ends well instead, with FINISH_REASON_DEADLINE
     UNAVAILABLE         no replica can serve it now; safe to try again
     """
 
