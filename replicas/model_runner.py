@@ -60,6 +60,7 @@ class TorchModelRunner:
     """The real model over a paged KV cache, on one device."""
 
     def __init__(self, model: NemotronLabsDiffusionModel, config: EngineConfig) -> None:
+        model.pack()
         self._model = model
         self._page_size = config.page_size
         weight = model.diffusion_head.weight

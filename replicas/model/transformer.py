@@ -15,9 +15,9 @@ from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.layers import (
     DecoderLayer,
     DraftAdapter,
+    Projection,
     RMSNorm,
     RotaryEmbedding,
-    input_major,
 )
 
 
@@ -49,7 +49,7 @@ class NemotronLabsDiffusionModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.diffusion_head = input_major(config.hidden_size, config.vocab_size)
+        self.diffusion_head = Projection(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
@@ -68,7 +68,14 @@ class NemotronLabsDiffusionModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] -> [num_rows, vocab_size], in the model's dtype."""
-        return functional.linear(hidden, self.diffusion_head.weight)
+        out: Tensor = self.diffusion_head(hidden)
+        return out
+
+    def pack(self) -> None:
+        """Get ready to serve on a CPU: the weights must not change any more."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack()
 
     def add_draft_adapter(self, rank: int, alpha: float) -> None:
         """Give every o_proj an (empty) draft adapter on the model's own device and dtype."""

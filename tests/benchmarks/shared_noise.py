@@ -33,7 +33,7 @@ from trimode.replicas.loading import build_runner
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model_runner import ModelRunner
-from trimode.replicas.scheduler import Answers, Scheduled
+from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.types import Mode, Request
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "shared_noise.json"
@@ -54,13 +54,16 @@ DRAFTS: dict[str, Redraft] = {
 class RedraftingRunner:
     """A runner that lets draft passes sample as another request would."""
 
-    def __init__(self, runner: ModelRunner, redraft: Redraft) -> None:
+    def __init__(self, runner: ModelRunner[Any], redraft: Redraft) -> None:
         self._runner = runner
         self._redraft = redraft
         self.info = runner.info
 
-    def run(self, scheduled: SequenceOf[Scheduled]) -> list[Answers]:
-        return self._runner.run([self._redrafted(item) for item in scheduled])
+    def launch(self, scheduled: SequenceOf[Scheduled], *rest: Any) -> Any:
+        return self._runner.launch([self._redrafted(item) for item in scheduled], *rest)
+
+    def read(self, launched: Any) -> list[Answers]:
+        return self._runner.read(launched)
 
     def _redrafted(self, item: Scheduled) -> Scheduled:
         if item.query.stage is not Stage.DRAFT:

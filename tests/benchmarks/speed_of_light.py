@@ -71,9 +71,13 @@ class OracleDiffusion:
         self._block: Block | None = None
         self.num_forced = 0
 
-    @property
-    def starts_round(self) -> bool:
+    needs_host = True  # it asks the known text
+
+    def starts_round(self, before: Query | None = None) -> bool:
         return False
+
+    def query_ahead(self, before: Query, block_size: int | None) -> Query:
+        raise NotImplementedError("answers come first")
 
     def next_query(self, position: Position) -> Query:
         if self._block is None:

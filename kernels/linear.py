@@ -1,0 +1,34 @@
+"""Products of rows with a weight matrix on a CPU: oneDNN's, on a weight that it has laid out once,
+where there are a few rows; torch's own, which streams the weight, where there are one or two.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MIN_PACKED_ROWS = 3
+ROWS_HINT = 16  # that the layout is chosen for
+PACKABLE = (torch.float32, torch.bfloat16)
+
+
+def pack_weight(weight: Tensor) -> Tensor | None:
+    """A second copy of weight [out_features, in_features] in oneDNN's layout; None where oneDNN
+    has none for its device or dtype. Changes of the weight do not reach it.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in PACKABLE:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
+    """x [num_rows, in_features] times weight [out_features, in_features]: [num_rows, out_features].
+
+    packed: of the same weight; never used where a gradient is kept.
+    """
+    if packed is None or len(x) < MIN_PACKED_ROWS or torch.is_grad_enabled():
+        return functional.linear(x, weight)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
