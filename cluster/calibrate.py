@@ -52,12 +52,12 @@ def _table(profile: StepProfile) -> Table:
     table = Table(
         title=f"ms a pass: sequences x rows, causal / draft, {context} slots of context each"
     )
-    table.add_column("sequences", justify="right")
+    table.add_column("sequences", justify="right", no_wrap=True)
     for rows in profile.rows_per_sequence:
         table.add_column(f"x {rows}", justify="right", no_wrap=True)
     for n, count in enumerate(profile.num_sequences):
         cells = [
-            f"{1e3 * profile.causal_s[n][r][0]:.2f} / {1e3 * profile.draft_s[n][r][0]:.2f}"
+            f"{1e3 * profile.causal_s[n][r][0]:.1f}/{1e3 * profile.draft_s[n][r][0]:.1f}"
             for r in range(len(profile.rows_per_sequence))
         ]
         table.add_row(str(count), *cells)
