@@ -1,6 +1,6 @@
 """The governor against every fixed setting, at every load and on one that changes.
 
-    python tests/benchmarks/governor_engine.py    # half an hour -> docs/measurements/governor.json
+    python tests/benchmarks/governor_engine.py    # half an hour
 
 Fixed settings run on an engine without a governor, so that what it costs is on its side alone.
 All settings take turns. The best fixed setting is the one with the best median; ratios are of runs
@@ -30,7 +30,7 @@ from trimode.replicas.loading import build_engine
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 
-OUT = Path(__file__).parents[2] / "docs" / "measurements" / "governor.json"
+OUT = Path(__file__).parents[2] / "docs" / "measurements" / "governor_engine.json"
 USERS = (1, 2, 4, 8, 16, 32, 64)
 FIXED = (AR, *SPECULATION)
 PROMPTS = {
