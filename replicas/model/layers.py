@@ -117,7 +117,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Projection(nn.Linear):
     """A Linear without bias whose weight [out_features, in_features] lies in memory input by input:
-    products with one or two rows then stream it, about twice as fast on a CPU.
+    a product with one row then streams it, about twice as fast on a CPU.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -129,7 +129,7 @@ class Projection(nn.Linear):
         return {**self.__dict__, "_packed": None}  # it cannot be copied, and the copy may change
 
     def pack(self) -> None:
-        """Make products with several rows quicker, too; the weight must not change any more."""
+        """Make other products quicker, too; the weight must not change any more."""
         self._packed = pack_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
