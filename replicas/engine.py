@@ -157,9 +157,7 @@ class Engine:
         # A pass that was launched ahead runs once the one before it is done.
         seconds = now - max(launched.started_at, self._read_at)
         self._read_at = now
-        if self._governor is not None and any(
-            item.sequence.is_governed for item in launched.scheduled
-        ):
+        if self._governor is not None and self._governor.wants_step_time:
             _observe(self._governor, launched.scheduled, seconds)
         chunks = self._scheduler.update(launched.scheduled, answers)
         if self._on_step is not None:
@@ -245,7 +243,9 @@ class Engine:
 
 
 def _observe(governor: Governor, scheduled: list[Scheduled], seconds: float) -> None:
-    """Tell the governor what a pass of this shape took."""
+    """Tell the governor what a pass took that held somebody it governs."""
+    if not any(item.sequence.is_governed for item in scheduled):
+        return
     queries = [item.query for item in scheduled]
     governor.observe_step(
         num_rows=sum(len(query.token_ids) for query in queries),

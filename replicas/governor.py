@@ -21,6 +21,7 @@ from trimode.replicas.acceptance import (
 from trimode.replicas.size_problem import Candidate, Companions, Ints, SizeProblem
 from trimode.replicas.step_profile import RowCurve, StepProfile
 
+MEASURED_EVERY = 7  # passes; prime to IDLE_ROUNDS, so that every kind of pass has its turn
 RATIO_DECAY = 0.98  # of measured over predicted seconds, a step
 # The engine's own acceptance outlives that of any sequence; its prior is only where it starts.
 ENGINE_DECAY, ENGINE_IDLE_DECAY, ENGINE_PRIOR_WEIGHT = 0.998, 0.998, 8.0
@@ -38,7 +39,7 @@ class GovernorStats:
     probes: int  # rounds that were only there to learn
     tried_by_position: tuple[int, ...]  # drafts whose predecessors were all kept
     kept_by_position: tuple[int, ...]
-    steps: int
+    steps: int  # measured, one in MEASURED_EVERY
     seconds_ratio: float  # measured over predicted step seconds, decayed; 1 before the first
 
 
@@ -86,6 +87,13 @@ class Governor:
             self._engine.idle(self._engine.probabilities)
         self._has_drafted = False
         return True
+
+    @property
+    def wants_step_time(self) -> bool:
+        """Whether the present pass should be told to observe_step: some are enough, and each costs
+        what a part of a small model's pass does.
+        """
+        return self._passes % MEASURED_EVERY == MEASURED_EVERY - 1
 
     def new_acceptance(self) -> Acceptance:
         """Of a new sequence: what the engine saw of late is its prior."""

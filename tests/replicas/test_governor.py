@@ -316,3 +316,12 @@ def test_a_choice_for_64_sequences_is_quick() -> None:
         governor.choose(starting, ALONE)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 1e-3  # far above what it takes, far below a step
+
+
+def test_one_pass_in_seven_is_measured() -> None:
+    governor = Governor(AFFINE)
+    measured = []
+    for _ in range(21):
+        governor.revisits()
+        measured.append(governor.wants_step_time)
+    assert measured == ([False] * 5 + [True, False]) * 3
