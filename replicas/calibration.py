@@ -23,7 +23,7 @@ from trimode.replicas.sequence import Sequence
 from trimode.replicas.step_profile import Floats, StepProfile
 from trimode.replicas.types import Mode, ModelInfo, Request
 
-NUM_SEQUENCES = (1, 4, 16, 64, 256)
+NUM_SEQUENCES = (1, 2, 4, 16, 64, 256)
 ROWS_PER_SEQUENCE = (1, 4, 8, 16, 32)
 CONTEXT_LENS = (64, 512, 2048)
 MAX_ROWS = 512  # of a measured pass; larger ones are prolonged from smaller ones

@@ -67,10 +67,10 @@ def test_a_profile_is_measured_of_a_model(tiny_model: Any, small_engine: Any) ->
         config,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert profile.num_sequences == (1, 4) and profile.rows_per_sequence == (1, 4, 8)
+    assert profile.num_sequences == (1, 2, 4) and profile.rows_per_sequence == (1, 4, 8)
     assert profile.context_lens == (64,)  # 512 and 8 rows are beyond the model's positions
     assert 0 < profile.seconds(1, 1, 64, False) <= profile.seconds(8, 1, 64, False)
-    assert calls == [(done, 60) for done in range(1, 61)]  # five sweeps of 12 points
+    assert calls == [(done, 90) for done in range(1, 91)]  # five sweeps of 18 points
     assert profile.model["dtype"] == "float32" and "torch" in profile.machine["versions"]
 
 
@@ -137,7 +137,7 @@ def test_a_slow_model_has_a_profile_of_few_passes(timed: Any, small_engine: Any)
 
 
 @pytest.mark.parametrize(("cost", "seconds"), [(cpu_like, 5.0), (gpu_like, 5.0), (cpu_like, 1.0)])
-@pytest.mark.parametrize(("noise", "error"), [(0.0, 0.02), (0.1, 0.25)])
+@pytest.mark.parametrize(("noise", "error"), [(0.0, 0.02), (0.1, 0.5)])
 def test_random_mixes_take_what_the_profile_says(
     timed: Any, small_engine: Any, cost: Cost, seconds: float, noise: float, error: float
 ) -> None:
