@@ -2,9 +2,9 @@
 
     python tests/benchmarks/governor_engine.py    # half an hour
 
-Fixed settings run on an engine without a governor, so that what it costs is on its side alone.
-All settings take turns. The best fixed setting is the one with the best median; ratios are of runs
-of the same turn.
+Fixed settings run on an engine without a governor, so that what it costs is on its side alone; both
+are on one runner, without a prefix cache. All settings take turns. The best fixed setting is the
+one with the best median; ratios are of runs of the same turn.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +24,15 @@ from trimode.cluster.bench.measure import Curves, Entry, Target, measure
 from trimode.cluster.bench.metrics import Limits, Ratio, Record
 from trimode.cluster.bench.settings import AR, GOVERNOR, SPECULATION
 from trimode.cluster.bench.workload import Job, Load, Sampling, closed_load
+from trimode.replicas import calibration
+from trimode.replicas.acceptance import load_prior
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine
-from trimode.replicas.loading import build_engine
+from trimode.replicas.governor import Governor
+from trimode.replicas.loading import build_runner
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.step_profile import StepProfile
 
 OUT = Path(__file__).parents[2] / "docs" / "measurements" / "governor_engine.json"
 USERS = (1, 2, 4, 8, 16, 32, 64)
@@ -101,11 +105,14 @@ def changing_load(phases: Sequence[Phase], sampling: Sampling) -> Load:
 
 
 def build_engines(config: EngineConfig, profile: Path | None) -> tuple[Engine, Engine]:
-    """Without and with a governor."""
-    governed = build_engine(
-        BUNDLED_CHECKPOINT, config, dtype="float32", governed=True, profile=profile
-    )
-    return build_engine(BUNDLED_CHECKPOINT, config, dtype="float32"), governed
+    """Without and with a governor, on one runner, so that neither has luckier memory. Without a
+    prefix cache: each would find what the other has overwritten.
+    """
+    config = replace(config, prefix_cache=False)
+    runner = build_runner(BUNDLED_CHECKPOINT, config, dtype="float32")
+    steps = StepProfile.load(profile) if profile else calibration.measure(runner, config)
+    governor = Governor(steps, config.max_block_size, load_prior(BUNDLED_CHECKPOINT))
+    return Engine(runner, config), Engine(runner, config, governor=governor)
 
 
 def row(curves: Curves, index: int) -> dict[str, object]:
