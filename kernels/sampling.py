@@ -2,7 +2,7 @@
 row comes from.
 
 The order is fixed: the mask id is banned, log-probabilities are read, then repetition penalty,
-additions (the other penalties, logit bias, bans), forced ids, allowed ids, temperature, top-k,
+additions (the other penalties, logit bias, bans), allowed ids, forced ids, temperature, top-k,
 top-p, min-p, noise, arg max.
 """
 

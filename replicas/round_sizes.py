@@ -47,9 +47,9 @@ def set_block_sizes(governor: Governor, running: list[Sequence]) -> None:
 
 
 def _tokens_per_pass(sequence: Sequence) -> float:
-    """Of a block that is not chosen now: where nothing is learnt of it (block diffusion, a pinned
-    size), what it kept until now.
+    """Of a block that is not chosen now: half of what its round is expected to keep or, where
+    nothing is learnt of it (block diffusion, a pinned size), what it kept until now.
     """
     if sequence.acceptance is not None:
-        return sequence.expected_tokens
+        return sequence.acceptance.expected(sequence.rows) / 2
     return sequence.num_output_tokens / max(1, sequence.num_forwards)

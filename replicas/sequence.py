@@ -50,19 +50,16 @@ class Sequence:
         self.token_ids = array("I", self.request.prompt_ids)
         self.prefill_end = self.num_prompt_tokens
         request = self.request
-        self.wants_edits = bool(
-            request.has_penalties or request.logit_bias or request.min_tokens
-            or request.thinking is not None or self.grammar is not None
-        )  # fmt: skip
         self.is_governed = (
             request.governed and request.block_size is None and self.strategy.starts_round()
         )
-        # A bias alone is the same at every position.
-        biased_only = not (
+        # What its edits are depends on the text; a bias alone is the same at every position.
+        follows_text = bool(
             request.has_penalties or request.min_tokens
             or request.thinking is not None or self.grammar is not None
         )  # fmt: skip
-        self.needs_host = self.strategy.needs_host or not biased_only
+        self.wants_edits = follows_text or bool(request.logit_bias)
+        self.needs_host = follows_text or self.strategy.needs_host
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -97,13 +94,6 @@ class Sequence:
     def rows(self) -> int:
         """Query tokens that it brings to a pass, about."""
         return self.block_size or self.max_block_size
-
-    @property
-    def expected_tokens(self) -> float:
-        """Tokens that it keeps a pass, about: half a round's, or one where nothing is known."""
-        if self.acceptance is None or self.rows == 1:
-            return 1.0
-        return self.acceptance.expected(self.rows) / 2
 
     @property
     def deadline(self) -> float:

@@ -84,12 +84,6 @@ class SimulatedSequence:
     def rows(self) -> int:
         return self.block_size or self.max_block_size
 
-    @property
-    def expected_tokens(self) -> float:
-        if self.acceptance is None or self.rows == 1:
-            return 1.0
-        return self.acceptance.expected(self.rows) / 2
-
     def verify(self) -> int:
         """Tokens that the round keeps."""
         here = self.characters[self.num_output_tokens // STRETCH % len(self.characters)]
