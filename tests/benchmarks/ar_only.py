@@ -15,6 +15,7 @@ it differs by, over the time of a pass, is `host_ratio`.
 import argparse
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def main() -> None:
     host = host_rows(runner.info, steps)
     print(json.dumps(host))
     document = {
-        "command": "python tests/benchmarks/ar_only.py",
+        "command": " ".join(["python", *sys.argv]),
         "machine": describe_machine("torch", "trimode"),
         "threads": 1,
         "clock": "time.process_time",

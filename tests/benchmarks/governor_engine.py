@@ -10,6 +10,7 @@ one with the best median; ratios are of runs of the same turn.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -166,7 +167,7 @@ def main() -> None:
     for label, figures in rows.items():
         print(label, figures["best_fixed"], json.dumps(figures["governor_over_best_fixed"]))
     document = {
-        "command": "python tests/benchmarks/governor_engine.py",
+        "command": " ".join(["python", *sys.argv]),
         "machine": describe_machine("torch", "trimode"),
         "threads": options.threads,
         "clock": f"time.{clock.__name__}",

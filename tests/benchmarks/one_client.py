@@ -7,6 +7,7 @@ predict: A * t_AR / (t_draft + t_verify) at the best block size, A tokens kept a
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def main() -> None:
     context = options.max_tokens // 2 + 24  # in the middle of an answer
     rows = {domain: row(curves, index, profile, context) for index, domain in enumerate(PROMPTS)}
     document = {
-        "command": "python tests/benchmarks/one_client.py --profile profile.json",
+        "command": " ".join(["python", *sys.argv]),
         "machine": describe_machine("torch", "trimode"),
         "threads": 1,
         "clock": "time.process_time",
