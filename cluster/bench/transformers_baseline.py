@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Ministral3Config, Ministral3ForCausalLM
@@ -12,6 +13,7 @@ from trimode.cluster.bench.local import Encode
 from trimode.cluster.bench.metrics import Arrival, Record
 from trimode.cluster.bench.workload import Job
 from trimode.replicas.loading import torch_dtype
+from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import load_model
 
 # What config.json and transformers' Ministral 3, which is the causal path's backbone, both have.
@@ -77,17 +79,28 @@ class TransformersTarget:
         )
 
 
-def _load(folder: Path, dtype: str) -> Ministral3ForCausalLM:
-    """dtype: 'float32', ... Raises CheckpointError."""
-    raw = json.loads((folder / "config.json").read_text())
-    config = Ministral3Config(**{key: raw[key] for key in SHARED_KEYS}, pad_token_id=None)
-    ours = load_model(folder, torch_dtype(dtype), adapter=False)
-    theirs = Ministral3ForCausalLM(config).to(torch_dtype(dtype)).eval()
+def as_ministral(
+    model: NemotronLabsDiffusionModel, raw: dict[str, Any], **own: Any
+) -> Ministral3ForCausalLM:
+    """The same weights in transformers' network, on the CPU. raw: the checkpoint's config.json.
+    own: what else the network's config should say.
+    """
+    shared = {key: raw[key] for key in SHARED_KEYS}
+    shared["rope_parameters"] = dict(shared["rope_parameters"])  # the library writes into it
+    theirs = Ministral3ForCausalLM(Ministral3Config(**shared, pad_token_id=None, **own))
+    theirs = theirs.to(model.diffusion_head.weight.dtype).eval()
     theirs.load_state_dict(
         {
             name.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): tensor
-            for name, tensor in ours.published_tensors().items()
+            for name, tensor in model.published_tensors().items()
         }
     )
+    return theirs
+
+
+def _load(folder: Path, dtype: str) -> Ministral3ForCausalLM:
+    """dtype: 'float32', ... Raises CheckpointError."""
+    raw = json.loads((folder / "config.json").read_text())
+    theirs = as_ministral(load_model(folder, torch_dtype(dtype), adapter=False), raw)
     theirs.generation_config.eos_token_id = None
     return theirs.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,19 +16,6 @@ from trimode.replicas.model.transformer import (
 )
 
 LENGTH = 90  # almost three times the original context of 32
-SHARED_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-)
 
 
 def causal_mask(length: int) -> Tensor:
@@ -66,17 +53,9 @@ def model(tiny_model: Callable[..., NemotronLabsDiffusionModel]) -> NemotronLabs
 @pytest.fixture(scope="module")
 def oracle(model: NemotronLabsDiffusionModel, tiny_config_dict: dict[str, Any]) -> Any:
     """A Ministral3ForCausalLM with the tiny model's weights."""
-    from transformers import Ministral3Config, Ministral3ForCausalLM  # here: it takes seconds
+    from trimode.cluster.bench.transformers_baseline import as_ministral  # here: it takes seconds
 
-    shared = {key: tiny_config_dict[key] for key in SHARED_KEYS}
-    shared["rope_parameters"] = dict(shared["rope_parameters"])
-    config = Ministral3Config(**shared, pad_token_id=None, attn_implementation="eager")
-    causal_lm = Ministral3ForCausalLM(config).to(torch.float64).eval()
-    renamed = {
-        name.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): tensor
-        for name, tensor in model.published_tensors().items()
-    }
-    causal_lm.load_state_dict(renamed)
+    causal_lm = as_ministral(model, tiny_config_dict, attn_implementation="eager")
     # Theirs is float32 to begin with; ours must be judged by the formula, not by that rounding.
     causal_lm.model.rotary_emb.inv_freq = causal_lm.model.rotary_emb.inv_freq.double()
     return causal_lm
