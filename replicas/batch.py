@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.paged_attention import AttentionInputs
 from trimode.kernels.sampling import Sampled, SamplingInputs
 from trimode.replicas.decoding.strategy import PassKind
@@ -35,7 +36,7 @@ class Batch:
     attention: AttentionInputs
     answer_rows: Tensor  # [num_answers] int64
     sampling: SamplingInputs  # of the answer rows
-    draft_rows: Tensor | None  # [num_draft_rows] int64, None where nobody drafts with the adapter
+    draft_rows: DraftRows | None  # None where nobody drafts with the adapter
     scheduled: SequenceOf[Scheduled]
     query_start: np.ndarray  # [num_sequences + 1]: rows of sequence i
     num_answers: np.ndarray  # [num_sequences]
@@ -76,7 +77,7 @@ class Batch:
         answer_rows += np.repeat(query_start[:-1], counts)
         places = _place(scheduled, query_start, owner, starts, page_size, shifts, device)
         drafts = [query.kind is PassKind.DRAFT for query in queries]
-        draft_rows = np.flatnonzero(np.repeat(drafts, lens)) if any(drafts) else None
+        draft_rows = DraftRows(tensor(np.repeat(drafts, lens))) if any(drafts) else None
         return cls(
             token_ids=token_ids,
             positions=places.positions,
@@ -86,7 +87,7 @@ class Batch:
             sampling=build_sampling(
                 scheduled, counts, places.positions, answer_rows, mask_id, vocab_size, tensor
             ),
-            draft_rows=None if draft_rows is None else tensor(draft_rows),
+            draft_rows=draft_rows,
             scheduled=scheduled,
             query_start=query_start,
             num_answers=counts,

@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from trimode.kernels.kv_cache import KVCache, copy_page, write_kv
+from trimode.kernels.kv_cache import KVCache, copy_page
 from trimode.kernels.paged_attention import paged_attention
+from trimode.kernels.rope import Rotary, rotate_and_write
 from trimode.kernels.sampling import Sampled, sample
 from trimode.replicas.batch import Batch
 from trimode.replicas.config import EngineConfig
@@ -99,8 +100,8 @@ class TorchModelRunner:
             scheduled, self._page_size, info.mask_id, info.vocab_size, self._device, unread
         )
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            write_kv(self._cache, layer, key, value, batch.slots)
+        def attend(layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
+            query = rotate_and_write(qkv, rotary, self._cache, layer, batch.slots)
             return paged_attention(query, self._cache, layer, batch.attention)
 
         hidden = self._model(batch.token_ids, batch.positions, attend, batch.draft_rows)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.noise import gumbel
+from trimode.kernels.rope import Rotary
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, dense_attention
 
 
@@ -65,18 +67,18 @@ def block_pass(
     """Logits of the rows of a block that follows ids; row i answers its own position."""
     known, total = len(ids), len(ids) + len(block)
     visible = list(range(1, known + 1)) + [total] * len(block)
-    rows = torch.arange(known, total) if adapter else None
+    rows = DraftRows(torch.arange(total) >= known) if adapter else None
     return _dense_pass(model, ids + block, visible, rows)[known:]
 
 
 def _dense_pass(
-    model: NemotronLabsDiffusionModel, ids: list[int], visible: list[int], drafts: Tensor | None
+    model: NemotronLabsDiffusionModel, ids: list[int], visible: list[int], drafts: DraftRows | None
 ) -> Tensor:
     positions = torch.arange(len(ids))
     mask = positions[None, :] < torch.tensor(visible)[:, None]
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dense_attention(query[None], key[None], value[None], mask)[0]
+    def attend(layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
+        return dense_attention(qkv, rotary, mask)
 
     return model.logits(model(torch.tensor(ids), positions, attend, drafts))
 

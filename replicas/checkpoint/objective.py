@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trimode.kernels.draft_adapter import DraftRows
+from trimode.kernels.rope import Rotary
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel, dense_attention
 
 DIFFUSION_WEIGHT = 0.3  # alpha of equation 3; the AR loss has weight 1
@@ -46,13 +48,12 @@ def run_dense(
     """Hidden states [batch, len, hidden_size] of a pass without a cache."""
     batch, length = token_ids.shape
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(0, (batch, length)) for part in (query, key, value))
-        return dense_attention(query, key, value, mask).flatten(0, 1)
+    def attend(layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
+        return dense_attention(qkv, rotary, mask, batch)
 
     rows = None
     if draft_columns:
-        rows = torch.arange(batch * length).view(batch, length)[:, :draft_columns].flatten()
+        rows = DraftRows((torch.arange(length) < draft_columns).repeat(batch))
     hidden: Tensor = model(token_ids.flatten(), positions.repeat(batch), attend, rows)
     return hidden.view(batch, length, -1)
 

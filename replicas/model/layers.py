@@ -3,7 +3,8 @@ adapter.
 
 Tensors are flat: every token of every sequence of a pass is one row. How keys and values are kept
 and which of them a token sees is not decided here but by the `attend` that the caller hands in
-(`transformer.Attend`).
+(`transformer.Attend`). What a layer adds to the residual stream is added by the norm behind it, so
+that the stream is read and written once.
 """
 
 import math
@@ -12,34 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from trimode.kernels.activation import silu_mul
+from trimode.kernels.draft_adapter import DraftRows, add_draft_adapter
 from trimode.kernels.linear import linear, pack_weight
+from trimode.kernels.norm import add_rms_norm
+from trimode.kernels.rope import Rotary
 from trimode.replicas.model.config import ModelConfig, RopeConfig
 
-AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttendLayer = Callable[[Tensor, Rotary], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 (float64 stays so) whatever the dtype of x."""
+    """Root-mean-square norm of the residual stream, which it first brings up to date."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [num_tokens, size]
-        weight = self.weight
-        if x.dtype == weight.dtype and x.dtype.itemsize >= 4 and not torch.is_grad_enabled():
-            # Fewer operations than functional.rms_norm; a gradient through the norm of 0 is NaN.
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale = norm.mul_(norm).mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-            out: Tensor = (x * scale).mul_(weight)
-            return out
-        # Narrow x is rounded before the weight is applied, as the published code has it.
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return weight * (wide * scale).to(x.dtype)
+    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, update [num_tokens, size] -> norm of x + update, and x + update. x is used up."""
+        return add_rms_norm(x, update, self.weight, self.eps)
 
 
 def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -69,9 +64,7 @@ def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of absolute positions, the scale of the queries in them; computed once a pass,
-    used by every layer.
-    """
+    """From absolute positions to the rotation that every layer of a pass uses."""
 
     frequencies: Tensor
 
@@ -82,37 +75,20 @@ class RotaryEmbedding(nn.Module):
         self.rope = config.rope
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [num_tokens] -> cos, sin [num_tokens, num_heads + num_kv_heads, 2, head_dim /
-        2]: of the query heads first, then of the key heads.
-        """
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """positions [num_tokens]; dtype: of the activations."""
         # Angles in float32 as the published code has them; only float64 runs keep float64.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         at = positions.to(wide)[:, None]
         angles = at * self.frequencies.to(wide)  # [num_tokens, head_dim / 2]
-        turns = torch.floor(at / self.rope.original_max_positions)
-        scale = 1 + self.rope.query_scaling_beta * torch.log1p(turns)  # [num_tokens, 1]
-        factors = (
-            torch.cat(
-                (
-                    scale.expand(-1, self.num_heads),
-                    torch.ones_like(scale).expand(-1, self.num_kv_heads),
-                ),
-                dim=-1,
-            )[..., None, None]
-            * self.magnitude
-        )  # [num_tokens, num_heads + num_kv_heads, 1, 1]
-        cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.stack((cos, cos), dim=1), torch.stack((-sin, sin), dim=1)
-        return (factors * cos[:, None]).to(dtype), (factors * sin[:, None]).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head: x, cos, sin, result [num_tokens, any, 2, head_dim / 2].
-
-    sin is negative for the first half.
-    """
-    return torch.addcmul(x * cos, x.flip(2), sin)
+        turns = torch.floor(at[:, 0] / self.rope.original_max_positions)
+        return Rotary(
+            cos=angles.cos() * self.magnitude,
+            sin=angles.sin() * self.magnitude,
+            query_scale=1 + self.rope.query_scaling_beta * torch.log1p(turns),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+        )
 
 
 class Projection(nn.Linear):
@@ -145,8 +121,9 @@ class DraftAdapter(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(config.hidden_size, rank))
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor) -> Tensor:  # [num_draft_rows, query_width] -> [.., hidden_size]
-        return functional.linear(functional.linear(x, self.lora_a), self.lora_b) * self.scale
+    def forward(self, out: Tensor, x: Tensor, rows: DraftRows) -> Tensor:
+        """out [num_tokens, hidden_size] plus the product of x [num_tokens, query_width]."""
+        return add_draft_adapter(out, x, rows, self.lora_a, self.lora_b, self.scale)
 
 
 class Attention(nn.Module):
@@ -156,8 +133,6 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_heads
         self.widths = [config.query_width, config.kv_width, config.kv_width]
         self.qkv_proj = Projection(config.hidden_size, sum(self.widths))
         self.o_proj = Projection(config.query_width, config.hidden_size)
@@ -166,21 +141,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [num_tokens, hidden_size]
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         attend: AttendLayer,
-        draft_rows: Tensor | None,  # [num_draft_rows] int64, None where no row drafts
+        draft_rows: DraftRows | None,
     ) -> Tensor:
-        fused = self.qkv_proj(x)
-        *rotated_widths, value_width = self.widths
-        rotated, value = fused.split((sum(rotated_widths), value_width), dim=-1)
-        # Queries and keys turn together: [num_tokens, num_heads + num_kv_heads, head_dim].
-        rotated = rotate(rotated.unflatten(-1, (-1, 2, self.head_dim // 2)), *rotary).flatten(-2)
-        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        value = value.unflatten(-1, (-1, self.head_dim))
-        mixed = attend(query, key, value).flatten(-2)  # [num_tokens, query_width]
+        mixed = attend(self.qkv_proj(x), rotary).flatten(-2)  # [num_tokens, query_width]
         out: Tensor = self.o_proj(mixed)
         if draft_rows is not None and self.draft_adapter is not None:
-            out = out.index_add(0, draft_rows, self.draft_adapter(mixed[draft_rows]).to(out.dtype))
+            out = self.draft_adapter(out, mixed, draft_rows)
         return out
 
 
@@ -193,8 +161,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size]
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(functional.silu(gate) * up)
+        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
         return out
 
 
@@ -210,11 +177,14 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [num_tokens, hidden_size]
-        rotary: tuple[Tensor, Tensor],
+        x: Tensor,  # [num_tokens, hidden_size]: the residual stream, used up
+        update: Tensor | None,  # [num_tokens, hidden_size]: what the layer before adds to it
+        rotary: Rotary,
         attend: AttendLayer,
-        draft_rows: Tensor | None,
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, draft_rows)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        draft_rows: DraftRows | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what is still to be added to it."""
+        normed, x = self.input_layernorm(x, update)
+        update = self.self_attn(normed, rotary, attend, draft_rows)
+        normed, x = self.post_attention_layernorm(x, update)
+        return x, self.mlp(normed)

@@ -10,6 +10,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimode.kernels.draft_adapter import DraftRows
+from trimode.kernels.rope import Rotary, rotate
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.layers import (
@@ -24,9 +26,9 @@ from trimode.replicas.model.layers import (
 class Attend(Protocol):
     """Keeps one layer's new keys and values and answers the queries under the pass's mask."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads,
-        head_dim].
+    def __call__(self, layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
+        """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], as projected and not yet
+        rotated -> [num_tokens, num_heads, head_dim].
         """
         ...
 
@@ -56,14 +58,15 @@ class NemotronLabsDiffusionModel(nn.Module):
         token_ids: Tensor,  # [num_tokens] int64
         positions: Tensor,  # [num_tokens] int64, absolute
         attend: Attend,
-        draft_rows: Tensor | None = None,  # [num_draft_rows] int64: rows with the adapter on
+        draft_rows: DraftRows | None = None,  # rows with the adapter on
     ) -> Tensor:
         """Hidden states after the final norm, [num_tokens, hidden_size]."""
         x = functional.embedding(token_ids, self.encoder.embed_tokens.weight)
         rotary = self.encoder.rotary(positions, x.dtype)
+        update: Tensor | None = None
         for index, layer in enumerate(self.encoder.layers):
-            x = layer(x, rotary, partial(attend, index), draft_rows)
-        out: Tensor = self.encoder.norm(x)
+            x, update = layer(x, update, rotary, partial(attend, index), draft_rows)
+        out: Tensor = self.encoder.norm(x, update)[0]
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -132,18 +135,17 @@ class NemotronLabsDiffusionModel(nn.Module):
         return [layer for layer in self.encoder.layers if isinstance(layer, DecoderLayer)]
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def dense_attention(qkv: Tensor, rotary: Rotary, mask: Tensor, batch: int = 1) -> Tensor:
     """Attention without a cache, for training and for naive decoding.
 
-    query [batch, len, num_heads, head_dim]; key, value [batch, len, num_kv_heads, head_dim]; mask
-    [len, len] or [batch, 1, len, len] bool, True where the query (row) may see the key (column).
-    Result like query.
+    qkv [batch * len, (num_heads + 2 * num_kv_heads) * head_dim], as `Attend` has it; mask [len,
+    len] or [batch, 1, len, len] bool, True where the query (row) may see the key (column). Result
+    [batch * len, num_heads, head_dim].
     """
+    query, key, value = (
+        part.unflatten(0, (batch, -1)).transpose(1, 2) for part in rotate(qkv, rotary)
+    )  # [batch, heads, len, head_dim]
     out = functional.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=query.shape[2] != key.shape[2],
+        query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).flatten(0, 1)

@@ -76,7 +76,7 @@ def test_answer_rows_are_those_that_were_asked_for(batch: Batch) -> None:
 
 def test_only_draft_rows_run_with_the_adapter(batch: Batch, scheduled: list[Scheduled]) -> None:
     assert batch.draft_rows is not None
-    assert batch.draft_rows.tolist() == [4, 5, 6]
+    assert batch.draft_rows.indices.tolist() == [4, 5, 6]
     others = [item for item in scheduled if item.query.kind is not PassKind.DRAFT]
     assert Batch.build(others, 4, MASK, 64).draft_rows is None
 

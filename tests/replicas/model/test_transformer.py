@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimode.kernels.draft_adapter import DraftRows
+from trimode.kernels.rope import Rotary
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.layers import RMSNorm, yarn_frequencies
@@ -34,15 +36,16 @@ def run(
     ids: Tensor,
     mask: Tensor,
     start: int = 0,
-    draft_rows: Tensor | None = None,
+    draft_rows: Tensor | None = None,  # [num_tokens] bool
 ) -> Tensor:
     """Logits of a dense pass at positions start, start + 1, ..."""
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dense_attention(query[None], key[None], value[None], mask)[0]
+    def attend(layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
+        return dense_attention(qkv, rotary, mask)
 
     positions = torch.arange(start, start + len(ids))
-    return model.logits(model(ids, positions, attend, draft_rows))
+    rows = None if draft_rows is None else DraftRows(draft_rows)
+    return model.logits(model(ids, positions, attend, rows))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_the_adapter_changes_draft_rows_only(
     model: NemotronLabsDiffusionModel, ids: Tensor
 ) -> None:
     mask = block_mask(LENGTH, 8)
-    rows = torch.arange(LENGTH - 8, LENGTH)
+    rows = torch.arange(LENGTH) >= LENGTH - 8
     plain, drafted = run(model, ids, mask), run(model, ids, mask, draft_rows=rows)
     assert torch.equal(plain[:-8], drafted[:-8])
     assert (plain[-8:] - drafted[-8:]).abs().amax(-1).min() > 1e-3
@@ -152,7 +155,7 @@ def test_the_adapter_adds_its_scaled_product_to_o_proj(
             view += 2.0 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
     with torch.inference_mode():
         wanted = run(merged, ids, causal_mask(LENGTH))
-        got = run(model, ids, causal_mask(LENGTH), draft_rows=torch.arange(LENGTH))
+        got = run(model, ids, causal_mask(LENGTH), draft_rows=torch.ones(LENGTH, dtype=torch.bool))
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -160,7 +163,9 @@ def test_a_model_without_adapter_ignores_draft_rows(tiny_config: ModelConfig, id
     bare = NemotronLabsDiffusionModel(tiny_config).requires_grad_(False)
     assert not bare.has_draft_adapter
     mask = causal_mask(LENGTH)
-    assert torch.equal(run(bare, ids, mask, draft_rows=torch.arange(9)), run(bare, ids, mask))
+    assert torch.equal(
+        run(bare, ids, mask, draft_rows=torch.arange(LENGTH) < 9), run(bare, ids, mask)
+    )
 
 
 def test_rms_norm_computes_in_float32_for_narrow_input() -> None:
@@ -168,8 +173,9 @@ def test_rms_norm_computes_in_float32_for_narrow_input() -> None:
     x = (torch.randn(4, 512, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     wide = x.float()
     wanted = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
-    assert norm(x).dtype == torch.bfloat16
-    assert torch.equal(norm(x), wanted.bfloat16())
+    normed, _ = norm(x, None)
+    assert normed.dtype == torch.bfloat16
+    assert torch.equal(normed, wanted.bfloat16())
 
 
 def test_published_tensors_are_views_of_the_weights(tiny_config: ModelConfig) -> None:
