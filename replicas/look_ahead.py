@@ -3,75 +3,108 @@ the device, and how far it got.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.kernels.accept import num_accepted
-from trimode.replicas.decoding.strategy import Pending
+from trimode.replicas.decoding.strategy import Pending, Stage
+from trimode.replicas.pass_inputs import AcceptInputs, PassInputs, PendingInputs
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A launched pass: its rows and, on the device, their answers."""
+    """Where the answers of a launched pass are; on the host."""
 
-    token_ids: Tensor  # [num_tokens] int64
-    answers: Tensor  # [num_answers] int64
-    query_start: np.ndarray  # [num_sequences + 1]: rows of sequence i
     answer_start: np.ndarray  # [num_sequences + 1]: answers of sequence i
     places: dict[Sequence, int]  # which i each sequence is
 
 
 @dataclass(frozen=True, slots=True)
-class Shifts:
-    """How much later than the host knew each sequence's query starts."""
+class Outputs:
+    """What a launched pass leaves on the device for the next one."""
 
-    exact: Tensor  # [num_sequences] int64, on the device
-    at_most: np.ndarray  # [num_sequences] int64
+    answers: Tensor  # [num_answers] int64
+    accepted: Tensor | None  # [num_sequences] int64: answers kept; None where nobody looks ahead
 
 
-def fill_pending(
-    scheduled: SequenceOf[Scheduled], query_start: np.ndarray, token_ids: Tensor, unread: Unread
-) -> Shifts:
-    """Replace what is PENDING in token_ids [num_tokens], in place. query_start: of the new pass."""
-    device = token_ids.device
+def accept_inputs(
+    scheduled: SequenceOf[Scheduled], query_start: np.ndarray, answer_start: np.ndarray
+) -> AcceptInputs:
+    """What the device needs to tell how many drafts of a pass are kept."""
+    verifies = np.array([item.query.stage is Stage.VERIFY for item in scheduled])
+    counts = np.where(verifies, np.diff(answer_start), 1)
+    return AcceptInputs(query_start[:-1], answer_start[:-1], counts, int(counts.max()))
+
+
+def pending_inputs(
+    scheduled: SequenceOf[Scheduled],
+    query_start: np.ndarray,  # [num_sequences + 1], of the new pass
+    owner: np.ndarray,  # [num_tokens]
+    draw_owner: np.ndarray | None,  # [num_drawn]
+    unread: Unread,
+) -> tuple[PendingInputs, np.ndarray]:
+    """And how much later than the host knows each sequence may start, [num_sequences]."""
     members: dict[Pending, list[tuple[int, int]]] = {kind: [] for kind in Pending}
     for index, item in enumerate(scheduled):
         if item.query.pending is not None:
             members[item.query.pending].append((index, unread.places[item.sequence]))
     counts = np.diff(unread.answer_start)
-    if members[Pending.DRAFTS]:
-        index, before = np.array(members[Pending.DRAFTS]).T
-        targets = _runs(query_start[index] + 1, counts[before])
-        sources = _runs(unread.answer_start[before], counts[before])
-        token_ids[_on(device, targets)] = unread.answers[_on(device, sources)]
-    exact = torch.zeros(len(scheduled), dtype=torch.int64, device=device)
+    drafts, before = _columns(members[Pending.DRAFTS])
+    draft_rows = _runs(query_start[drafts] + 1, counts[before])
+    draft_answers = _runs(unread.answer_start[before], counts[before])
+    known, before = _columns(members[Pending.KNOWN])
     at_most = np.zeros(len(scheduled), dtype=np.int64)
-    if members[Pending.KNOWN]:
-        index, before = np.array(members[Pending.KNOWN]).T
-        first_answers = _on(device, unread.answer_start[before])
-        kept = num_accepted(
-            unread.token_ids,
-            unread.answers,
-            _on(device, unread.query_start[before]),
-            first_answers,
-            _on(device, counts[before]),
-            int(counts[before].max()),
-        )
-        token_ids[_on(device, query_start[index])] = unread.answers[first_answers + kept - 1]
-        exact[_on(device, index)] = kept - 1
-        at_most[index] = counts[before] - 1
-    return Shifts(exact, at_most)
+    at_most[known] = counts[before] - 1
+    inputs = PendingInputs(
+        draft_rows=draft_rows,
+        draft_answers=draft_answers,
+        known_rows=query_start[known],
+        known_sequences=known,
+        known_before=before,
+        first_answers=unread.answer_start[before],
+        owner=owner,
+        draw_owner=draw_owner,
+    )
+    return inputs, at_most
+
+
+def resolve(inputs: PassInputs, before: Outputs, page_size: int) -> PassInputs:
+    """Fill in what is pending; inputs hold tensors, and token_ids are changed in place."""
+    pending = inputs.pending
+    if pending is None:
+        return inputs
+    assert before.accepted is not None, "the pass before was not launched to be looked behind"
+    token_ids, answers = inputs.token_ids, before.answers
+    token_ids[pending.draft_rows] = answers[pending.draft_answers]
+    kept = before.accepted[pending.known_before]
+    token_ids[pending.known_rows] = answers[pending.first_answers + kept - 1]
+    shifts = torch.zeros_like(inputs.query_start[1:])  # [num_sequences]
+    shifts[pending.known_sequences] = kept - 1
+    moved = shifts[pending.owner]
+    positions = inputs.positions + moved
+    pages = inputs.page_table[pending.owner, positions // page_size]
+    sampling = inputs.sampling
+    if sampling.draws is not None and pending.draw_owner is not None:
+        ahead = sampling.draws.positions + shifts[pending.draw_owner]
+        sampling = replace(sampling, draws=replace(sampling.draws, positions=ahead))
+    return replace(
+        inputs,
+        positions=positions,
+        visible=inputs.visible + moved,
+        slots=pages * page_size + positions % page_size,
+        sampling=sampling,
+    )
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
 
 
 def _runs(starts: np.ndarray, lens: np.ndarray) -> np.ndarray:
     """start, start + 1, ... of each run, one after the other."""
     return np.asarray(np.arange(lens.sum()) + np.repeat(starts - (lens.cumsum() - lens), lens))
-
-
-def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

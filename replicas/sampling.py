@@ -1,4 +1,4 @@
-"""What the requests of a pass ask of its answers, as tensors: the host side of kernels/sampling.py.
+"""What the requests of a pass ask of its answers, as arrays: the host side of kernels/sampling.py.
 
 Rows of requests that ask for nothing special cost nothing here. What depends on the text before a
 token (penalties, min_tokens, the thinking budget, grammars) is computed for the prefix that each
@@ -10,9 +10,9 @@ already holds.
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncation
 from trimode.replicas.decoding.strategy import PassKind, Query, Stage
@@ -20,28 +20,27 @@ from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import ThinkingBudget
 
-ToTensor = Callable[[np.ndarray], Tensor]
+# numpy's here; `kernels.sampling` speaks of the tensors that they become on the device.
+Array = Any
 
 
 def build_sampling(
     scheduled: SequenceOf[Scheduled],
     counts: np.ndarray,  # [num_sequences]: answers of each
-    positions: Tensor,  # [num_tokens] int64: of the rows of the pass
-    answer_rows: np.ndarray,  # [num_answers]: which rows answer
+    positions: np.ndarray,  # [num_answers] int64: of the rows that answer
     mask_id: int,
     vocab_size: int,
-    tensor: ToTensor,
 ) -> SamplingInputs:
     """Per-sequence parameters repeated over answers; nothing for what nobody asks."""
     requests = [item.sequence.request for item in scheduled]
     queries = [item.query for item in scheduled]
 
-    def rows_where(wanted: list[bool]) -> np.ndarray | None:
+    def rows_where(wanted: list[bool]) -> Array | None:
         """Answer rows of the sequences that want something; None where nobody does."""
         return np.flatnonzero(np.repeat(wanted, counts)) if any(wanted) else None
 
-    def of_rows(values: list[float] | list[int], rows: np.ndarray, dtype: type) -> Tensor:
-        return tensor(np.array(values, dtype=dtype).repeat(counts)[rows])
+    def of_rows(values: list[float] | list[int], rows: Array, dtype: type) -> Array:
+        return np.array(values, dtype=dtype).repeat(counts)[rows]
 
     confident = rows_where([query.wants_confidence for query in queries])
     candidates = rows_where([query.num_candidates > 0 for query in queries])
@@ -49,28 +48,26 @@ def build_sampling(
     return SamplingInputs(
         mask_id=mask_id,
         draws=_draws(scheduled, rows_where([request.temperature > 0 for request in requests]),
-                     positions, answer_rows, vocab_size, of_rows, tensor),
-        edits=_edits(scheduled, counts, vocab_size, tensor),
-        confident_rows=None if confident is None else tensor(confident),
+                     positions, vocab_size, of_rows),
+        edits=_edits(scheduled, counts, vocab_size),
+        confident_rows=confident,
         confidence_temperatures=(
             None if confident is None
             else of_rows([query.confidence_temperature for query in queries], confident, np.float32)
         ),
-        candidate_rows=None if candidates is None else tensor(candidates),
+        candidate_rows=candidates,
         num_candidates=max((query.num_candidates for query in queries), default=0),
-        logprob_rows=None if logprobs is None else tensor(logprobs),
+        logprob_rows=logprobs,
         num_top=max((request.num_logprobs or 0 for request in requests), default=0),
     )  # fmt: skip
 
 
 def _draws(
     scheduled: SequenceOf[Scheduled],
-    rows: np.ndarray | None,
-    positions: Tensor,
-    answer_rows: np.ndarray,
+    rows: Array | None,
+    positions: np.ndarray,
     vocab_size: int,
-    of_rows: Callable[[list[float] | list[int], np.ndarray, type], Tensor],
-    tensor: ToTensor,
+    of_rows: Callable[[list[float] | list[int], Array, type], Array],
 ) -> Draws | None:
     if rows is None:
         return None
@@ -85,10 +82,10 @@ def _draws(
             of_rows([r.min_p for r in requests], rows, np.float32),
         )
     return Draws(
-        rows=tensor(rows),
+        rows=rows,
         temperatures=of_rows([r.temperature for r in requests], rows, np.float32),
         seeds=of_rows([r.seed for r in requests], rows, np.int64),
-        positions=positions[tensor(answer_rows[rows])] + of_rows(ahead, rows, np.int64),
+        positions=positions[rows] + of_rows(ahead, rows, np.int64),
         samples=of_rows([item.sequence.sample_index for item in scheduled], rows, np.int64),
         truncation=truncation,
     )
@@ -105,7 +102,7 @@ class _Edits:
 
 
 def _edits(
-    scheduled: SequenceOf[Scheduled], counts: np.ndarray, vocab_size: int, tensor: ToTensor
+    scheduled: SequenceOf[Scheduled], counts: np.ndarray, vocab_size: int
 ) -> LogitEdits | None:
     edits = _Edits()
     ends = counts.cumsum()
@@ -115,25 +112,24 @@ def _edits(
     if not (edits.penalised or edits.added or edits.forced or edits.masked):
         return None
     penalised, added = _joined(edits.penalised), _joined(edits.added)
-    forced = np.array(edits.forced, dtype=np.int64).reshape(-1, 2)
-    masked = [np.concatenate(part) for part in zip(*edits.masked, strict=True)]
+    forced: Array = np.array(edits.forced, dtype=np.int64).reshape(-1, 2)
+    masked: tuple[Array, ...] = tuple(
+        np.concatenate(part) for part in zip(*edits.masked, strict=True)
+    )
+    rows: Array = masked[0] if masked else np.empty(0, dtype=np.int64)
     return LogitEdits(
-        penalised_rows=tensor(penalised[0]),
-        penalised_ids=tensor(penalised[1]),
-        penalties=tensor(penalised[2]),
-        added_rows=tensor(added[0]),
-        added_ids=tensor(added[1]),
-        additions=tensor(added[2]),
-        forced_rows=tensor(forced[:, 0]),
-        forced_ids=tensor(forced[:, 1]),
-        masked_rows=tensor(masked[0] if masked else np.empty(0, dtype=np.int64)),
-        allowed=tensor(masked[1]) if masked else None,
+        *penalised,
+        *added,
+        forced_rows=forced[:, 0],
+        forced_ids=forced[:, 1],
+        masked_rows=rows,
+        allowed=masked[1] if masked else None,
     )
 
 
 def _joined(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Array, Array, Array]:
     if not parts:
         nothing = np.empty(0, dtype=np.int64)
         return nothing, nothing, np.empty(0)

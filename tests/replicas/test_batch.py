@@ -1,11 +1,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from trimode.kernels.sampling import Sampled
-from trimode.replicas.batch import Batch
+from trimode.replicas.batch import Batch, BatchLimits
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
 from trimode.replicas.scheduled import Answers, Scheduled
@@ -13,6 +14,7 @@ from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Mode, Request
 
 MASK = 3
+LIMITS = BatchLimits(page_size=4, mask_id=MASK, vocab_size=64)
 
 
 @pytest.fixture
@@ -53,36 +55,35 @@ def scheduled(item: Any) -> list[Scheduled]:
 
 @pytest.fixture
 def batch(scheduled: list[Scheduled]) -> Batch:
-    return Batch.build(scheduled, page_size=4, mask_id=MASK, vocab_size=64)
+    return Batch.build(scheduled, LIMITS)
 
 
 def test_rows_stand_in_the_order_of_their_sequences(batch: Batch) -> None:
     wanted = [20, 21, 22, 30, 9, MASK, MASK, 9, MASK, MASK, 40, 41]
-    assert batch.token_ids.tolist() == wanted
-    assert batch.positions.tolist() == [2, 3, 4, 9, 4, 5, 6, 1, 2, 3, 3, 4]
+    assert batch.inputs.token_ids.tolist() == wanted
+    assert batch.inputs.positions.tolist() == [2, 3, 4, 9, 4, 5, 6, 1, 2, 3, 3, 4]
 
 
 def test_slots_follow_the_page_table(batch: Batch) -> None:
-    assert batch.slots.tolist() == [22, 23, 0, 9, 24, 25, 26, 17, 18, 19, 39, 32]
+    assert batch.inputs.slots.tolist() == [22, 23, 0, 9, 24, 25, 26, 17, 18, 19, 39, 32]
 
 
 def test_causal_rows_see_themselves_and_block_rows_their_whole_block(batch: Batch) -> None:
-    assert batch.attention.visible.tolist() == [3, 4, 5, 10, 7, 7, 7, 4, 4, 4, 4, 5]
+    assert batch.inputs.visible.tolist() == [3, 4, 5, 10, 7, 7, 7, 4, 4, 4, 4, 5]
 
 
 def test_answer_rows_are_those_that_were_asked_for(batch: Batch) -> None:
-    assert batch.answer_rows.tolist() == [2, 3, 5, 6, 8, 9, 10, 11]
+    assert batch.inputs.answer_rows.tolist() == [2, 3, 5, 6, 8, 9, 10, 11]
 
 
 def test_only_draft_rows_run_with_the_adapter(batch: Batch, scheduled: list[Scheduled]) -> None:
-    assert batch.draft_rows is not None
-    assert batch.draft_rows.indices.tolist() == [4, 5, 6]
+    assert np.flatnonzero(batch.inputs.draft_mask).tolist() == [4, 5, 6]
     others = [item for item in scheduled if item.query.kind is not PassKind.DRAFT]
-    assert Batch.build(others, 4, MASK, 64).draft_rows is None
+    assert Batch.build(others, LIMITS).inputs.draft_mask is None
 
 
 def test_sampled_answers_carry_the_position_of_the_token_they_produce(batch: Batch) -> None:
-    draws = batch.sampling.draws
+    draws = batch.inputs.sampling.draws
     assert draws is not None
     assert draws.rows.tolist() == [0, 2, 3, 6, 7]
     assert draws.positions.tolist() == [5, 5, 6, 4, 5]  # causal rows the next, block rows theirs
@@ -91,14 +92,14 @@ def test_sampled_answers_carry_the_position_of_the_token_they_produce(batch: Bat
 
 
 def test_confidences_are_read_at_their_own_temperature(batch: Batch) -> None:
-    sampling = batch.sampling
+    sampling = batch.inputs.sampling
     assert sampling.confident_rows is not None
     assert sampling.confident_rows.tolist() == [2, 3, 4, 5]
     assert sampling.confidence_temperatures.tolist() == pytest.approx([0.7, 0.7, 1.0, 1.0])
 
 
 def test_a_greedy_batch_without_confidences_says_so(scheduled: list[Scheduled]) -> None:
-    sampling = Batch.build(scheduled[1:2], 4, MASK, 64).sampling
+    sampling = Batch.build(scheduled[1:2], LIMITS).inputs.sampling
     assert sampling.draws is None
     assert sampling.confident_rows is None
 
@@ -119,8 +120,8 @@ def test_split_gives_each_sequence_its_own_answers(batch: Batch) -> None:
 def test_a_chunk_without_answers_gets_none(item: Any) -> None:
     chunk = item([0], Query(Stage.PREFILL, PassKind.CAUSAL, [7, 8], 0, ()))
     decode = item([1], Query(Stage.DECODE, PassKind.CAUSAL, [7], 2, (0,)))
-    batch = Batch.build([chunk, decode], 4, MASK, 64)
-    assert batch.answer_rows.tolist() == [2]
+    batch = Batch.build([chunk, decode], LIMITS)
+    assert batch.inputs.answer_rows.tolist() == [2]
     assert batch.split(Sampled(torch.tensor([5]), torch.empty(0))) == [
         Answers([], []),
         Answers([5], []),
@@ -129,6 +130,6 @@ def test_a_chunk_without_answers_gets_none(item: Any) -> None:
 
 def test_pages_past_the_pass_are_not_read(item: Any) -> None:
     short = item([3, 99, 99], Query(Stage.DECODE, PassKind.CAUSAL, [7], 2, (0,)))
-    batch = Batch.build([short], 4, MASK, 64)
-    assert batch.slots.tolist() == [14]
-    assert batch.attention.tiles[0].slots.max() < 16
+    batch = Batch.build([short], LIMITS)
+    assert batch.inputs.slots.tolist() == [14]
+    assert batch.inputs.page_table.tolist() == [[3]]

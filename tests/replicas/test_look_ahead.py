@@ -3,6 +3,7 @@ passes, and nothing of what turns out to be void.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimode.replicas.array_tree import to_device
+from trimode.replicas.batch import Batch, BatchLimits
 from trimode.replicas.decoding.self_speculation import SelfSpeculation
 from trimode.replicas.decoding.strategy import (
     PENDING,
@@ -21,7 +24,7 @@ from trimode.replicas.decoding.strategy import (
     Stage,
 )
 from trimode.replicas.engine import Engine
-from trimode.replicas.look_ahead import Unread, fill_pending
+from trimode.replicas.look_ahead import Outputs, Unread, pending_inputs, resolve
 from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
@@ -203,7 +206,9 @@ def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> 
     def item(name: str, query: Query) -> Scheduled:
         request = make_request(SPECULATION, request_id=name)
         context = DecodingContext(request, 3, frozenset(), 3)
-        return Scheduled(Sequence(request, SelfSpeculation(context), frozenset(), 0.0), query)
+        pages = [6, 3, 7] if name == "block" else [4, 3] if name == "decode" else [2, 5]
+        sequence = Sequence(request, SelfSpeculation(context), frozenset(), 0.0, page_table=pages)
+        return Scheduled(sequence, query)
 
     block, decode, draft = (
         item("block", Query(Stage.DRAFT, PassKind.DRAFT, [PENDING, 3, 3], 8, (1, 2),
@@ -213,19 +218,27 @@ def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> 
         item("draft", Query(Stage.VERIFY, PassKind.CAUSAL, [20, PENDING, PENDING], 4, (0, 1, 2),
                             pending=Pending.DRAFTS)),
     )  # fmt: skip
+    # The pass before: the decode, the draft, and the block as it was verified.
     unread = Unread(
-        token_ids=torch.tensor([9, 10, 3, 3, 11, 12, 13]),  # decode, draft, block
-        answers=torch.tensor([50, 30, 31, 12, 41, 42]),
-        query_start=np.array([0, 1, 4, 7]),
         answer_start=np.array([0, 1, 3, 6]),
         places={decode.sequence: 0, draft.sequence: 1, block.sequence: 2},
     )
-    token_ids = torch.tensor([PENDING, 3, 3, PENDING, 20, PENDING, PENDING])
-    shifts = fill_pending([block, decode, draft], np.array([0, 3, 4, 7]), token_ids, unread)
-    # Of the block's drafts 12, 13 the first is what was answered: two answers are kept.
-    assert token_ids.tolist() == [41, 3, 3, 50, 20, 30, 31]
-    assert shifts.exact.tolist() == [1, 0, 0]
-    assert shifts.at_most.tolist() == [2, 0, 0]
+    before = Outputs(
+        answers=torch.tensor([50, 30, 31, 12, 41, 42]),
+        accepted=torch.tensor([1, 1, 2]),  # of the block's drafts the first was right
+    )
+    scheduled = [block, decode, draft]
+    batch = Batch.build(scheduled, BatchLimits(4, 3, 64))
+    pending, at_most = pending_inputs(
+        scheduled, batch.inputs.query_start, np.array([0, 0, 0, 1, 2, 2, 2]), None, unread
+    )
+    assert at_most.tolist() == [2, 0, 0]
+    inputs = to_device(replace(batch.inputs, pending=pending), torch.device("cpu"))
+    got = resolve(inputs, before, page_size=4)
+    assert got.token_ids.tolist() == [41, 3, 3, 50, 20, 30, 31]
+    assert got.positions.tolist() == [9, 10, 11, 5, 4, 5, 6]
+    assert got.visible.tolist() == [12, 12, 12, 6, 5, 6, 7]
+    assert got.slots.tolist() == [29, 30, 31, 13, 20, 21, 22]
 
 
 traffic = st.lists(

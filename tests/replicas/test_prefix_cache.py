@@ -81,12 +81,12 @@ def test_no_page_of_a_rejected_draft_is_published(
     pool = engine._scheduler._tables._pool
     hits = pool.match(root_hash("", ""), "", text, len(text) // 4)
     assert len(pool.cache) == len(hits) >= (len(text) - 9) // 4
-    cache, clean = engine._runner._cache, make_engine()
+    cache, clean = engine._runner._rank._cache, make_engine()
     drain(clean, [Request("r", tuple(text), Mode.AUTOREGRESSIVE, 1)])
     other = clean._scheduler._tables._pool.match(root_hash("", ""), "", text, len(hits))
     for (page, _), (wanted, _) in zip(hits, other, strict=False):
         got = cache.keys[:, page * 4 : page * 4 + 4]
-        want = clean._runner._cache.keys[:, wanted * 4 : wanted * 4 + 4]
+        want = clean._runner._rank._cache.keys[:, wanted * 4 : wanted * 4 + 4]
         assert (got - want).abs().max() < 1e-9
 
 
