@@ -1,120 +1,34 @@
 """Paged attention over rows of any kind: prefill chunk, decode, denoise, draft and verify in one
-call.
+launch. What each row sees is told by replicas' AttentionInputs.
 
-The mask is one integer a row: how many KV entries, from position 0 on, it sees. Causal rows see
-themselves and what is before them; rows of a block pass see to the end of their block.
+What it costs, with context C, G query heads a KV head and b bytes a value: a tile of R rows reads
+2 C head_dim b bytes a KV head and computes 4 R G C head_dim floating-point operations, 2 R G / b a
+byte. With G = 4 and bfloat16 that is 4 a byte for a decode row and 128 for a block of 32, where an
+H100 could do about 300: decode and blocks are bound by memory. A prompt's tiles of 32 rows read the
+same KV at the same time, from the L2 cache, and are bound by the tensor cores.
+
+Of a decode step's bytes all but the slots behind the last one of a page are needed. Of its products
+(G of 16 rows) three quarters are zeros, in time that waiting for memory leaves over.
 """
 
-from dataclasses import dataclass, field
+from math import e, log2
 
-import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
+from trimode.kernels.attention_inputs import AttentionInputs
+from trimode.kernels.attention_layout import Layout, device_facts, padded
+from trimode.kernels.dispatch import by_device
 from trimode.kernels.kv_cache import KVCache
 
-MAX_TILE_LEN = 32
+# What changes from pass to pass must not compile a kernel anew.
+SIZES = ("num_tokens", "num_pages", "num_splits")
+LISTS = ("visible_ptr", "page_table_ptr", "tiles_ptr")
 
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Rows cut into tiles of one sequence each, for the reference; built once a pass, used by every
-    layer.
-    """
-
-    rows: Tensor  # [num_tiles, tile_len] int64, num_tokens where a lane is empty
-    slots: Tensor  # [num_tiles, context_len] int64: where the tile's sequence keeps each position
-    mask: Tensor | None  # [num_tiles, 1, tile_len, context_len] bool, None where all see all
-    are_all_rows: bool  # the tiles are all rows of the pass, in order and without an empty lane
-    _biases: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict)
-
-    def bias(self, dtype: torch.dtype, group: int) -> Tensor | None:
-        """The mask as what is added to the scores of `group` heads packed into one product:
-        [num_tiles, 1, group * tile_len, context_len]. The first layer of a pass makes it.
-        """
-        if self.mask is None:
-            return None
-        bias = self._biases.get((dtype, group))
-        if bias is None:
-            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-            bias = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, 1, group, 1)
-            self._biases[dtype, group] = bias
-        return bias
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionInputs:
-    """What every layer's attention of one pass shares."""
-
-    visible: Tensor  # [num_tokens] int64, 0 for padding rows
-    # Single-row tiles apart from longer ones, so that decode rows are not padded.
-    tiles: tuple[Tiles, ...]
-
-    @classmethod
-    def build(
-        cls,
-        query_start: np.ndarray,  # [num_sequences + 1]: rows of sequence i
-        visible: np.ndarray,  # [num_tokens] int64
-        page_table: np.ndarray,  # [num_sequences, num_pages] int64
-        page_size: int,
-        device: torch.device | str = "cpu",
-    ) -> "AttentionInputs":
-        lens = np.diff(query_start)
-        groups = [np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)]
-        tiles = tuple(
-            _tiles(members, query_start, visible, page_table, page_size, device)
-            for members in groups
-            if len(members)
-        )
-        return cls(torch.as_tensor(visible, device=device), tiles)
-
-
-def _tiles(
-    members: np.ndarray,  # [num_members]: sequences
-    query_start: np.ndarray,
-    visible: np.ndarray,
-    page_table: np.ndarray,
-    page_size: int,
-    device: torch.device | str,
-) -> Tiles:
-    num_tokens = len(visible)
-    owner, rows = _cut(members, query_start, num_tokens)
-    is_empty = rows == num_tokens
-    seen = np.append(visible, 0)[rows]  # [num_tiles, tile_len]
-    reach = seen.max(axis=1, keepdims=True)
-    position = np.arange(reach.max())
-    slots = page_table[owner[:, None], position // page_size] * page_size + position % page_size
-    # Lanes past what a tile sees read its first slot: masked, but finite, for 0 × NaN would be NaN.
-    slots = np.where(position < reach, slots, slots[:, :1])
-    # Empty lanes see what their tile does: no NaN.
-    mask = position < np.where(is_empty, reach, seen)[..., None]
-    are_all_rows = rows.size == num_tokens and bool((rows.ravel() == np.arange(num_tokens)).all())
-    return Tiles(
-        rows=torch.as_tensor(rows, device=device),
-        slots=torch.as_tensor(slots, device=device),
-        mask=None if mask.all() else torch.as_tensor(mask[:, None], device=device),
-        are_all_rows=are_all_rows,
-    )
-
-
-def _cut(
-    members: np.ndarray, query_start: np.ndarray, num_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence of each tile [num_tiles] and its rows [num_tiles, tile_len], num_tokens where a
-    lane is empty.
-    """
-    first, end = query_start[members], query_start[members + 1]
-    lens = end - first
-    tile_len = min(MAX_TILE_LEN, int(lens.max()))
-    if tile_len == 1:
-        return members, first[:, None]
-    tiles_of = -(-lens // tile_len)
-    owner = np.repeat(np.arange(len(members)), tiles_of)
-    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
-    rows = (first[owner] + index * tile_len)[:, None] + np.arange(tile_len)
-    rows[rows >= end[owner][:, None]] = num_tokens
-    return members[owner], rows
+# Lower than any score and finite, so that the difference of two of them is not NaN.
+LOWEST = tl.constexpr(-1e38)
 
 
 def paged_attention_reference(
@@ -128,40 +42,242 @@ def paged_attention_reference(
     """
     num_tokens = len(query)
     entries = cache.layers[layer]  # [num_slots, 2, num_kv_heads, head_dim]
-    if len(inputs.tiles) == 1 and inputs.tiles[0].are_all_rows:
-        return _attend(query, entries, inputs.tiles[0])
+    groups = inputs.reference_tiles()
+    if len(groups) == 1 and groups[0].are_all_rows:
+        return groups[0].attend(query, entries)
     out = query.new_zeros(num_tokens + 1, *query.shape[1:])  # the last row takes the empty lanes
-    for tiles in inputs.tiles:
+    for tiles in groups:
         rows = tiles.rows.flatten()
         # What an empty lane asks does not matter, as nobody reads its answer.
         packed = query.index_select(0, rows.clamp(max=num_tokens - 1))
-        out.index_copy_(0, rows, _attend(packed, entries, tiles))
+        out.index_copy_(0, rows, tiles.attend(packed, entries))
     return out[:num_tokens]
 
 
-def _attend(query: Tensor, entries: Tensor, tiles: Tiles) -> Tensor:
-    """query [num_tiles * tile_len, num_heads, head_dim], result likewise.
-
-    The heads that share a KV head are packed into the query dimension of one product.
+@triton.jit
+def _lanes(
+    tiles_ptr, visible_ptr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """This program's tile: its sequence, and of each lane [BLOCK_M] the row, the query head,
+    whether there is such a one, and what it sees. Heads of a row are neighbours, as in memory.
     """
-    num_tiles, tile_len = tiles.rows.shape
-    num_kv_heads, head_dim = entries.shape[2:]
-    group = query.shape[1] // num_kv_heads
-    # index_select copies whole slots, many times faster than indexing does.
-    gathered = entries.flatten(1).index_select(0, tiles.slots.view(-1))
-    gathered = gathered.view(num_tiles, -1, 2, num_kv_heads, head_dim)
-    key, value = gathered.transpose(1, 3).unbind(2)  # [num_tiles, num_kv_heads, context_len, ..]
-    if tile_len == 1:
-        packed = query.reshape(num_tiles, num_kv_heads, group, head_dim)
+    # Later rows see more: the longest programs start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence = tl.load(tiles_ptr + tile * 3).to(tl.int64)
+    first = tl.load(tiles_ptr + tile * 3 + 1)
+    end = tl.load(tiles_ptr + tile * 3 + 2)
+    parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    lane = tl.arange(0, BLOCK_M)
+    row = first + lane // HEADS
+    member = tl.program_id(1) % parts * HEADS + lane % HEADS
+    inside = (row < end) & (member < GROUP)
+    visible = tl.load(visible_ptr + row, mask=inside, other=0)
+    head = tl.program_id(1) // parts * GROUP + member
+    return sequence, row.to(tl.int64), head, inside, visible
+
+
+@triton.jit
+def _split_len(reach, num_splits, MIN_SPLIT_LEN: tl.constexpr):
+    """Slots of each split but the last; from the tile's own reach, whatever the batch's."""
+    share = tl.cdiv(reach, num_splits)
+    return tl.maximum(tl.cdiv(share, MIN_SPLIT_LEN), 1) * MIN_SPLIT_LEN
+
+
+@triton.jit
+def _attend_to_block(
+    query,  # [BLOCK_M, HEAD_DIM]
+    mixed,  # [BLOCK_M, HEAD_DIM]: sum of the values so far, by weight
+    total,  # [BLOCK_M]: sum of the weights so far
+    peak,  # [BLOCK_M]: largest score so far, in powers of 2
+    visible,  # [BLOCK_M]
+    keys_ptr,  # of slot 0 and the KV head
+    table_ptr,  # of the sequence
+    start, reach, scale,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr, page_size: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of KV; not MASKED where every lane sees all of it."""
+    position = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, HEAD_DIM)
+    written = position < reach
+    if MASKED:
+        page = tl.load(table_ptr + position // page_size, mask=written, other=0)
     else:
-        packed = query.view(num_tiles, tile_len, num_kv_heads, group, head_dim)
-        packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    mixed = functional.scaled_dot_product_attention(
-        packed, key, value, attn_mask=tiles.bias(query.dtype, group)
-    )  # [num_tiles, num_kv_heads, group * tile_len, head_dim]
-    if tile_len > 1:
-        mixed = mixed.unflatten(2, (group, tile_len)).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(query.shape)
+        page = tl.load(table_ptr + position // page_size)
+    slot = page.to(tl.int64) * page_size + position % page_size
+    keys = keys_ptr + slot[:, None] * (2 * num_kv_heads * head_dim) + dims[None, :]
+    values = keys + num_kv_heads * head_dim
+    # Slots that nobody wrote may hold NaN, which times 0 is NaN: they are not loaded.
+    if MASKED or head_dim != HEAD_DIM:
+        mask = written[:, None] & (dims < head_dim)[None, :]
+        key = tl.load(keys, mask=mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        value = tl.load(values, mask=mask, other=0.0)
+    else:
+        key = tl.load(keys)
+        value = tl.load(values)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # [BLOCK_M, BLOCK_N] float32
+    if MASKED:
+        scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
+    # Where a row sees nothing of the block, its peak, total and sum keep their very bits.
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, scale, -new_peak[:, None]))
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
+    return mixed, total, new_peak
 
 
-paged_attention = paged_attention_reference
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS)
+def _attention_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_dim], rows query_stride apart
+    entries_ptr,  # [num_slots, 2, num_kv_heads, head_dim]
+    out_ptr,  # [num_tokens, num_heads, head_dim]
+    mixed_ptr,  # [num_splits, num_tokens, num_heads, head_dim] float32, where IS_SPLIT
+    weights_ptr,  # [num_splits, num_tokens, num_heads, 2] float32: peak and total, where IS_SPLIT
+    visible_ptr, page_table_ptr, tiles_ptr,
+    num_tokens, num_pages, query_stride, scale,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    page_size: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, KV head and part of its query heads, split)."""
+    GROUP: tl.constexpr = num_heads // num_kv_heads
+    sequence, row, head, inside, visible = _lanes(tiles_ptr, visible_ptr, GROUP, HEADS, BLOCK_M)
+    if tl.max(inside.to(tl.int32), 0) == 0:
+        return
+    reach = tl.max(visible, 0)
+    least = tl.min(tl.where(inside, visible, reach), 0)
+    begin = 0
+    stop = reach
+    if IS_SPLIT:
+        split_len = _split_len(reach, tl.num_programs(2), MIN_SPLIT_LEN)
+        begin = tl.program_id(2) * split_len
+        stop = tl.minimum(begin + split_len, reach)
+        if begin > 0 and begin >= reach:
+            return
+    dims = tl.arange(0, HEAD_DIM)
+    mask = inside[:, None] & (dims < head_dim)[None, :]
+    columns = head[:, None] * head_dim + dims[None, :]
+    query = tl.load(query_ptr + row[:, None] * query_stride + columns, mask=mask, other=0.0)
+    kv_head = tl.program_id(1) // ((GROUP + HEADS - 1) // HEADS)
+    keys_ptr = entries_ptr + kv_head * head_dim
+    table_ptr = page_table_ptr + sequence * num_pages
+    mixed = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    whole = tl.maximum(begin, tl.minimum(least, stop) // BLOCK_N * BLOCK_N)
+    for start in range(begin, whole, BLOCK_N):
+        mixed, total, peak = _attend_to_block(
+            query, mixed, total, peak, visible, keys_ptr, table_ptr, start, reach, scale,
+            num_kv_heads, head_dim, page_size, HEAD_DIM, BLOCK_N, False,
+        )  # fmt: skip
+    for start in range(whole, stop, BLOCK_N):
+        mixed, total, peak = _attend_to_block(
+            query, mixed, total, peak, visible, keys_ptr, table_ptr, start, reach, scale,
+            num_kv_heads, head_dim, page_size, HEAD_DIM, BLOCK_N, True,
+        )  # fmt: skip
+    place = row * num_heads + head
+    if IS_SPLIT:
+        place += tl.program_id(2).to(tl.int64) * num_tokens * num_heads
+        tl.store(mixed_ptr + place[:, None] * head_dim + dims[None, :], mixed, mask=mask)
+        tl.store(weights_ptr + place * 2, peak, mask=inside)
+        tl.store(weights_ptr + place * 2 + 1, total, mask=inside)
+    else:
+        out = mixed / tl.where(total > 0, total, 1.0)[:, None]
+        out_ptrs = out_ptr + place[:, None] * head_dim + dims[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS)
+def _combine_kernel(
+    mixed_ptr,  # [num_splits, num_tokens, num_heads, head_dim] float32
+    weights_ptr,  # [num_splits, num_tokens, num_heads, 2] float32: peak and total
+    out_ptr,  # [num_tokens, num_heads, head_dim]
+    visible_ptr, tiles_ptr,
+    num_tokens, num_splits,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    MIN_SPLIT_LEN: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, KV head and part of its query heads): its splits, in their order."""
+    _, row, head, inside, visible = _lanes(
+        tiles_ptr, visible_ptr, num_heads // num_kv_heads, HEADS, BLOCK_M
+    )
+    if tl.max(inside.to(tl.int32), 0) == 0:
+        return
+    reach = tl.max(visible, 0)
+    num_live = tl.maximum(tl.cdiv(reach, _split_len(reach, num_splits, MIN_SPLIT_LEN)), 1)
+    dims = tl.arange(0, HEAD_DIM)
+    mask = inside[:, None] & (dims < head_dim)[None, :]
+    place = row * num_heads + head
+    stride = tl.cast(num_tokens, tl.int64) * num_heads
+    mixed = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    for split in range(num_live):
+        at = place + split * stride
+        its_peak = tl.load(weights_ptr + at * 2, mask=inside, other=LOWEST)
+        its_total = tl.load(weights_ptr + at * 2 + 1, mask=inside, other=0.0)
+        its_mixed = tl.load(
+            mixed_ptr + at[:, None] * head_dim + dims[None, :], mask=mask, other=0.0
+        )
+        new_peak = tl.maximum(peak, its_peak)
+        shrink, its_share = tl.exp2(peak - new_peak), tl.exp2(its_peak - new_peak)
+        total = total * shrink + its_total * its_share
+        mixed = mixed * shrink[:, None] + its_mixed * its_share[:, None]
+        peak = new_peak
+    out = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    out_ptrs = out_ptr + place[:, None] * head_dim + dims[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def paged_attention_triton(
+    query: Tensor, cache: KVCache, layer: int, inputs: AttentionInputs
+) -> Tensor:
+    entries = cache.layers[layer]
+    layout = Layout.choose(query, entries.shape[2], inputs, device_facts(query.device))
+    return launch_attention(query, entries, inputs, layout)
+
+
+def launch_attention(
+    query: Tensor,  # [num_tokens, num_heads, head_dim]
+    entries: Tensor,  # [num_slots, 2, num_kv_heads, head_dim]
+    inputs: AttentionInputs,
+    layout: Layout,
+) -> Tensor:
+    """As the reference, in a given layout."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = entries.shape[2]
+    if not query[0].is_contiguous():
+        query = query.contiguous()
+    # Every row is in a tile, which writes it.
+    out = query.new_empty(query.shape)
+    mixed = weights = out
+    if layout.num_splits > 1:
+        shape = (layout.num_splits, num_tokens, num_heads)
+        mixed = query.new_empty((*shape, head_dim), dtype=torch.float32)
+        weights = query.new_empty((*shape, 2), dtype=torch.float32)
+    shapes = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+        "HEADS": layout.heads, "HEAD_DIM": padded(head_dim), "BLOCK_M": layout.block_m,
+        "MIN_SPLIT_LEN": layout.min_split_len, "num_warps": layout.num_warps,
+    }  # fmt: skip
+    num_parts = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, layout.heads)
+    num_tiles = len(inputs.tiles)
+    _attention_kernel[(num_tiles, num_parts, layout.num_splits)](
+        query, entries, out, mixed, weights, inputs.visible, inputs.page_table, inputs.tiles,
+        num_tokens, inputs.page_table.shape[1], query.stride(0), log2(e) / head_dim**0.5,
+        page_size=inputs.page_size, BLOCK_N=layout.block_n, IS_SPLIT=layout.num_splits > 1,
+        num_stages=layout.num_stages, **shapes,
+    )  # fmt: skip
+    if layout.num_splits > 1:
+        _combine_kernel[(num_tiles, num_parts)](
+            mixed, weights, out, inputs.visible, inputs.tiles, num_tokens, layout.num_splits,
+            **shapes,
+        )  # fmt: skip
+    return out
+
+
+paged_attention = by_device(paged_attention_reference, paged_attention_triton)
