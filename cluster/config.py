@@ -33,12 +33,15 @@ class EngineSettings(_Settings):
     """Bounds of every engine; `replicas.config.EngineConfig` says what they mean."""
 
     page_size: int = Field(16, ge=1)
-    num_pages: int = Field(4096, ge=1)
+    num_pages: int | None = Field(None, ge=1)
     max_sequences: int = Field(64, ge=1)
     max_waiting: int = Field(256, ge=1)
     max_step_tokens: int = Field(2048, ge=1)
     prefix_cache: bool = True
-    launch_ahead: bool = False
+    launch_ahead: bool | None = None
+    memory_utilization: float = Field(0.9, gt=0, le=1)
+    cuda_graphs: bool = True
+    graph_memory_mib: int = Field(1024, ge=1)
 
 
 class PoolSettings(_Settings):

@@ -7,9 +7,9 @@ themselves and what is before them; rows of a block pass see to the end of their
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,12 +44,14 @@ def max_num_tiles(num_tokens: int, num_sequences: int, batch_invariant: bool = F
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """Tensors whose shapes a CUDA graph can be captured for, and constants that fit the shapes."""
+    """Tensors of integers whose shapes a CUDA graph can be captured for, and constants that fit the
+    shapes.
+    """
 
-    visible: Tensor  # [num_tokens] int32: KV entries each row sees, 0 for padding rows
-    page_table: Tensor  # [num_sequences, num_pages] int32, anything beyond a sequence's pages
-    # [num_tiles, 3] int32: sequence, first row, end row; rows that nobody owns form tiles that see
-    # nothing, and a tile without rows is all 0.
+    visible: Tensor  # [num_tokens]: KV entries each row sees, 0 for padding rows
+    page_table: Tensor  # [num_sequences, num_pages], anything beyond a sequence's pages
+    # [num_tiles, 3]: sequence, first row, end row. Padding rows are in tiles, too; a tile without
+    # rows is all 0.
     tiles: Tensor
     page_size: int
     tile_len: int  # no tile has more rows
@@ -60,8 +62,8 @@ class AttentionInputs:
     def build(
         cls,
         query_start: np.ndarray,  # [num_sequences + 1]: rows of sequence i
-        visible: np.ndarray | Tensor,  # [num_tokens]; a tensor is on the device and not waited for
-        page_table: np.ndarray,  # [num_sequences, num_pages]
+        visible: np.ndarray | Tensor,  # [num_tokens]
+        page_table: np.ndarray | Tensor,  # [num_sequences, num_pages]
         page_size: int,
         tensor: Callable[[np.ndarray], Tensor],  # moves an array to the device without waiting
         *,
@@ -70,7 +72,8 @@ class AttentionInputs:
         num_sequences: int | None = None,
         num_pages: int | None = None,
     ) -> "AttentionInputs":
-        """Rows from query_start[-1] on are padding and must see nothing.
+        """Rows from query_start[-1] on are padding and must see nothing. Arrays become tensors of
+        int32; what is a tensor already is on the device, and nobody waits for its values.
 
         num_tokens, num_sequences, num_pages: sizes to fill up to. Where they are given, all shapes
         hang on them alone.
@@ -81,16 +84,24 @@ class AttentionInputs:
         size = tile_len(num_tokens, num_sequences, batch_invariant)
         tiles = _cut(query_start, num_tokens, size)
         if is_padded:
-            tiles = _filled(tiles, max_num_tiles(num_tokens, num_sequences, batch_invariant))
+            most = max_num_tiles(num_tokens, num_sequences, batch_invariant)
+            tiles = np.concatenate((tiles, np.zeros((most - len(tiles), 3), dtype=np.int32)))
         pages = page_table.shape[1] if num_pages is None else num_pages
         return cls(
-            visible=_visible(visible, num_tokens, tensor),
-            page_table=tensor(_filled(page_table, num_sequences, pages)),
+            visible=_filled(visible, tensor, num_tokens),
+            page_table=_filled(page_table, tensor, num_sequences, pages),
             tiles=tensor(tiles),
             page_size=page_size,
             tile_len=size,
             batch_invariant=batch_invariant,
         )
+
+    def seeing(self, visible: Tensor) -> "AttentionInputs":
+        """The same pass where rows see so many entries, which the page table must reach."""
+        return AttentionInputs(
+            visible, self.page_table, self.tiles, self.page_size, self.tile_len,
+            self.batch_invariant,
+        )  # fmt: skip
 
     def copy_from(self, other: "AttentionInputs") -> None:
         """Take over another pass's tensors, of the same shapes: these stay where a graph reads."""
@@ -113,23 +124,20 @@ class AttentionInputs:
         return self._reference
 
 
-def _visible(
-    visible: np.ndarray | Tensor, num_tokens: int, tensor: Callable[[np.ndarray], Tensor]
+def _filled(
+    values: np.ndarray | Tensor, tensor: Callable[[np.ndarray], Tensor], *shape: int
 ) -> Tensor:
-    if isinstance(visible, np.ndarray):
-        return tensor(_filled(visible, num_tokens))
-    visible = visible.to(torch.int32)
-    missing = num_tokens - len(visible)
-    return functional.pad(visible, (0, missing)) if missing else visible
-
-
-def _filled(array: np.ndarray, *shape: int) -> np.ndarray:
-    """As int32, with zeros up to the first dimensions' sizes given."""
-    if array.shape[: len(shape)] == shape:
-        return array.astype(np.int32, copy=False)
-    filled = np.zeros((*shape, *array.shape[len(shape) :]), dtype=np.int32)
-    filled[tuple(map(slice, array.shape))] = array
-    return filled
+    """On the device and with zeros up to this shape."""
+    if isinstance(values, np.ndarray):
+        array = values.astype(np.int32)
+        if array.shape != shape:
+            array = np.zeros(shape, dtype=np.int32)
+            array[tuple(map(slice, values.shape))] = values
+        return tensor(array)
+    if values.shape == shape:
+        return values
+    missing = [(0, size - given) for size, given in zip(shape, values.shape, strict=True)]
+    return functional.pad(values, tuple(chain.from_iterable(reversed(missing))))
 
 
 def _cut(query_start: np.ndarray, num_tokens: int, size: int) -> np.ndarray:

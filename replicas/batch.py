@@ -12,10 +12,12 @@ from typing import TypeVar
 import numpy as np
 
 from trimode.kernels.sampling import Sampled
-from trimode.replicas.decoding.strategy import PassKind
+from trimode.replicas.decoding.strategy import PassKind, Query
+from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.look_ahead import Unread, accept_inputs, pending_inputs
 from trimode.replicas.page_tables import PageCopy
 from trimode.replicas.pass_inputs import PassInputs
+from trimode.replicas.pass_size import Size, filled
 from trimode.replicas.sampling import build_sampling
 from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.types import TokenLogprobs
@@ -29,6 +31,8 @@ class BatchLimits:
     mask_id: int
     vocab_size: int
     launch_ahead: bool = False  # the next pass may be launched before this one was read
+    batch_invariant: bool = False
+    graph_keys: GraphKeys | None = None  # sizes that passes are padded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +71,39 @@ class Batch:
         sampling = build_sampling(
             scheduled, counts, positions[answer_rows], limits.mask_id, limits.vocab_size
         )
-        pending, ends = None, starts + lens
-        # What each sequence's pages must reach.
-        reach = ends
+        drafts = [query.kind is PassKind.DRAFT for query in queries]
+        graph = None
+        if limits.graph_keys is not None:
+            graph = limits.graph_keys.find(len(owner), len(queries), any(drafts))
+        size = Size(len(owner), len(queries)) if graph is None else Size.of(graph)
+        pending, reach = None, starts + lens  # how far each sequence's pages must go
         if before is not None and any(query.pending for query in queries):
             drawn = None if sampling.draws is None else owner[answer_rows[sampling.draws.rows]]
-            pending, at_most = pending_inputs(scheduled, query_start, owner, drawn, before.unread())
-            reach = ends + at_most
+            owners = filled(owner, size.num_tokens, size.num_sequences)
+            pending, at_most = pending_inputs(
+                scheduled, query_start, owners, drawn, before.unread()
+            )
+            reach = reach + at_most
         pages = _page_tables(scheduled, reach, limits.page_size)
-        drafts = [query.kind is PassKind.DRAFT for query in queries]
+        accept = (
+            accept_inputs(scheduled, query_start, answer_start) if limits.launch_ahead else None
+        )
         inputs = PassInputs(
-            token_ids=_chained([query.token_ids for query in queries]),
-            positions=positions,
-            visible=_visible(scheduled, positions, ends, owner),
-            slots=_slots(pages, owner, positions, limits.page_size),
-            query_start=query_start,
-            page_table=pages,
+            token_ids=filled(_chained([q.token_ids for q in queries]), size.num_tokens, 0),
+            positions=filled(positions, size.num_tokens, 0),
+            slots=filled(_slots(pages, owner, positions, limits.page_size), size.num_tokens, -1),
+            attention=size.attention(
+                query_start, _visible(queries, positions, starts + lens, owner), pages,
+                limits.page_size, limits.batch_invariant,
+            ),
             answer_rows=answer_rows,
-            draft_mask=np.repeat(drafts, lens) if any(drafts) else None,
+            draft_mask=filled(np.repeat(drafts, lens), size.num_tokens, 0) if any(drafts) else None,
             sampling=sampling,
             pending=pending,
-            accept=(
-                accept_inputs(scheduled, query_start, answer_start) if limits.launch_ahead else None
-            ),
+            accept=accept,
             copies=np.array([(c.source, c.target) for c in copies]) if copies else None,
-        )
+            graph=graph,
+        )  # fmt: skip
         return cls(
             inputs=inputs,
             scheduled=scheduled,
@@ -152,12 +164,12 @@ def _parts(values: list[Value], counts: np.ndarray) -> list[list[Value]]:
 
 
 def _visible(
-    scheduled: SequenceOf[Scheduled], positions: np.ndarray, ends: np.ndarray, owner: np.ndarray
+    queries: SequenceOf[Query], positions: np.ndarray, ends: np.ndarray, owner: np.ndarray
 ) -> np.ndarray:
     """[num_tokens]: a row of a causal pass sees up to itself, a row of a block pass up to the end
     of its block.
     """
-    is_block = [item.query.kind is not PassKind.CAUSAL for item in scheduled]
+    is_block = [query.kind is not PassKind.CAUSAL for query in queries]
     if not any(is_block):
         return positions + 1
     return np.where(np.array(is_block)[owner], ends[owner], positions + 1)

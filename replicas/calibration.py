@@ -92,7 +92,7 @@ def axes(
     rows = tuple(r for r in ROWS_PER_SEQUENCE if r <= config.max_block_size)
     most = min(config.max_sequences, config.max_step_tokens // rows[:2][-1])
     sequences = tuple(n for n in NUM_SEQUENCES if n < most)
-    slots = min(info.max_positions, config.num_pages * config.page_size)
+    slots = min(info.max_positions, config.pages * config.page_size)
     contexts = tuple(c for c in CONTEXT_LENS if c + rows[-1] <= slots)
     return (*sequences, max(1, most)), rows, contexts or (0,)
 
@@ -131,7 +131,7 @@ class _Stopwatch:
     ) -> None:
         self._runner = runner
         self._size = config.page_size
-        self._max_pages = min(config.num_pages, max(1, MAX_SLOTS // config.page_size))
+        self._max_pages = min(config.pages, max(1, MAX_SLOTS // config.page_size))
         self._together = max(1, min(MAX_ROWS, config.max_step_tokens) // config.page_size)
         self._written = 0  # pages, from the first
         self._clock = clock

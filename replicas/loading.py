@@ -14,6 +14,7 @@ from trimode.replicas.governor import Governor
 from trimode.replicas.language import Language
 from trimode.replicas.model.weights import Progress, load_model
 from trimode.replicas.model_runner import TorchModelRunner
+from trimode.replicas.startup import settle, start_rank
 from trimode.replicas.step_profile import StepProfile
 
 DTYPES = {
@@ -41,6 +42,7 @@ def build_engine(
     Raises CheckpointError and ConfigError.
     """
     runner = build_runner(folder, config, dtype=dtype, adapter=adapter, progress=progress)
+    config = runner.config
     governor = None
     if governed and config.max_block_size > 1:
         measured = measure(runner, config) if profile is None else StepProfile.load(profile)
@@ -57,7 +59,8 @@ def build_runner(
     adapter: bool = True,
     progress: Progress | None = None,
 ) -> TorchModelRunner:
-    """Load a checkpoint onto the GPU where there is one, else the CPU.
+    """Load a checkpoint onto the GPU where there is one, else the CPU. What the config leaves open
+    is settled in the runner's own.
 
     dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
     Raises CheckpointError.
@@ -66,7 +69,9 @@ def build_runner(
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
-    return TorchModelRunner(model, config)
+    config = settle(model, config)
+    rank, graph_keys = start_rank(model, config)
+    return TorchModelRunner(model, config, rank, graph_keys)
 
 
 def torch_dtype(name: str) -> torch.dtype:

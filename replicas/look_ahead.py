@@ -82,11 +82,15 @@ def resolve(inputs: PassInputs, before: Outputs, page_size: int) -> PassInputs:
     token_ids[pending.draft_rows] = answers[pending.draft_answers]
     kept = before.accepted[pending.known_before]
     token_ids[pending.known_rows] = answers[pending.first_answers + kept - 1]
-    shifts = torch.zeros_like(inputs.query_start[1:])  # [num_sequences]
+    attention = inputs.attention
+    # One more for padding rows, which stay where they are.
+    shifts = token_ids.new_zeros(len(attention.page_table) + 1)
     shifts[pending.known_sequences] = kept - 1
     moved = shifts[pending.owner]
     positions = inputs.positions + moved
-    pages = inputs.page_table[pending.owner, positions // page_size]
+    rows = pending.owner.clamp(max=len(attention.page_table) - 1)
+    pages = attention.page_table[rows, positions // page_size].long()
+    slots = pages * page_size + positions % page_size
     sampling = inputs.sampling
     if sampling.draws is not None and pending.draw_owner is not None:
         ahead = sampling.draws.positions + shifts[pending.draw_owner]
@@ -94,8 +98,8 @@ def resolve(inputs: PassInputs, before: Outputs, page_size: int) -> PassInputs:
     return replace(
         inputs,
         positions=positions,
-        visible=inputs.visible + moved,
-        slots=pages * page_size + positions % page_size,
+        slots=torch.where(inputs.slots < 0, inputs.slots, slots),
+        attention=attention.seeing(attention.visible + moved),
         sampling=sampling,
     )
 

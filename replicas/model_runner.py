@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from trimode.replicas.batch import Batch, BatchLimits
 from trimode.replicas.config import EngineConfig
+from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.page_tables import PageCopy
 from trimode.replicas.rank_runner import RankPass, RankRunner
@@ -54,8 +55,16 @@ class TorchPass:
 class TorchModelRunner:
     """The real model on one device."""
 
-    def __init__(self, model: NemotronLabsDiffusionModel, config: EngineConfig) -> None:
-        self._rank = RankRunner(model, config.num_pages, config.page_size)
+    def __init__(
+        self,
+        model: NemotronLabsDiffusionModel,
+        config: EngineConfig,
+        rank: RankRunner | None = None,
+        graph_keys: GraphKeys | None = None,
+    ) -> None:
+        """rank: what runs the model; graph_keys: the sizes that it has captured."""
+        self._rank = RankRunner(model, config) if rank is None else rank
+        self.config = config
         shape = model.config
         self.info = ModelInfo(
             vocab_size=shape.vocab_size,
@@ -67,7 +76,12 @@ class TorchModelRunner:
             dtype=str(model.diffusion_head.weight.dtype).removeprefix("torch."),
         )
         self._limits = BatchLimits(
-            config.page_size, shape.mask_id, shape.vocab_size, config.launch_ahead
+            page_size=config.page_size,
+            mask_id=shape.mask_id,
+            vocab_size=shape.vocab_size,
+            launch_ahead=bool(config.launch_ahead),
+            batch_invariant=config.batch_invariant,
+            graph_keys=graph_keys,
         )
 
     def launch(

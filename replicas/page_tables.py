@@ -27,7 +27,7 @@ class PageTables:
 
     def __init__(self, config: EngineConfig, revision: str) -> None:
         """revision: of the model; pages of different ones are never confused."""
-        self._pool = PagePool(config.num_pages, config.page_size)
+        self._pool = PagePool(config.pages, config.page_size)
         self._prefix_cache = config.prefix_cache
         self._revision = revision
         self._copies: list[PageCopy] = []

@@ -3,14 +3,16 @@
 The host makes it once. It goes to the device in one copy (array_tree.py) and, under tensor
 parallelism, to the other ranks in one message (wire.py): all of them run the same pass on it.
 
-Dimension names, used everywhere: num_tokens (rows of the pass), num_sequences, num_pages (longest
-page table of the pass), num_answers (rows whose prediction is wanted).
+Dimension names, used everywhere: num_tokens (rows of the pass, padding included), num_sequences,
+num_pages (longest page table of the pass), num_answers (rows whose prediction is wanted).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from trimode.kernels.attention_inputs import AttentionInputs
 from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncation
+from trimode.replicas.graph_keys import GraphKey
 
 # numpy's on the host, torch's on the device.
 Array = Any
@@ -26,7 +28,7 @@ class PendingInputs:
     known_sequences: Array  # [num_known] int64: of this pass; their starts move on
     known_before: Array  # [num_known] int64: which sequence of the pass before each was
     first_answers: Array  # [num_known] int64: its first answer there
-    owner: Array  # [num_tokens] int64: sequence of each row
+    owner: Array  # [num_tokens] int64: sequence of each row; num_sequences for padding
     draw_owner: Array | None  # [num_drawn] int64: sequence of each drawn answer
 
 
@@ -48,16 +50,15 @@ class PassInputs:
 
     token_ids: Array  # [num_tokens] int64, PENDING where the pass before knows
     positions: Array  # [num_tokens] int64; of pending sequences at least
-    visible: Array  # [num_tokens] int64: KV entries that each row sees; likewise
-    slots: Array  # [num_tokens] int64: where each row's KV is written; likewise
-    query_start: Array  # [num_sequences + 1] int64: rows of sequence i
-    page_table: Array  # [num_sequences, num_pages] int64
+    slots: Array  # [num_tokens] int64: where each row's KV is written, -1 for padding; likewise
+    attention: AttentionInputs  # what each row sees likewise
     answer_rows: Array  # [num_answers] int64
     draft_mask: Array | None  # [num_tokens] bool, None where nobody drafts with the adapter
     sampling: SamplingInputs  # of the answer rows
     pending: PendingInputs | None = None
     accept: AcceptInputs | None = None
     copies: Array | None = None  # [num_copies, 2] int64: source and target page, in order
+    graph: GraphKey | None = None  # the size that the pass is padded to
 
     @property
     def num_tokens(self) -> int:
@@ -66,5 +67,6 @@ class PassInputs:
 
 # What a message of such a tree may hold.
 KINDS = (
-    PassInputs, PendingInputs, AcceptInputs, SamplingInputs, Draws, Truncation, LogitEdits,
+    PassInputs, PendingInputs, AcceptInputs, GraphKey, AttentionInputs,
+    SamplingInputs, Draws, Truncation, LogitEdits,
 )  # fmt: skip

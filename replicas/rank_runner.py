@@ -3,6 +3,7 @@
 It knows no requests: with tensor parallelism every rank has one, and all are given the same inputs.
 """
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor
 from trimode.kernels.accept import num_accepted
 from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.kv_cache import KVCache, copy_page
-from trimode.kernels.paged_attention import AttentionInputs, paged_attention
+from trimode.kernels.paged_attention import paged_attention
 from trimode.kernels.rope import Rotary, rotate_and_write
 from trimode.kernels.sampling import Sampled, sample
 from trimode.replicas.array_tree import to_device
+from trimode.replicas.config import EngineConfig
+from trimode.replicas.graph_keys import GraphKey
 from trimode.replicas.look_ahead import Outputs, resolve
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
+from trimode.replicas.model.weights import Progress
 from trimode.replicas.pass_inputs import PassInputs
+from trimode.replicas.pass_size import Size
+from trimode.replicas.step_graphs import Capture, ForwardInputs, StepGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +37,29 @@ class RankPass:
 class RankRunner:
     """The real model over a paged KV cache, on one device."""
 
-    def __init__(self, model: NemotronLabsDiffusionModel, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model: NemotronLabsDiffusionModel,
+        config: EngineConfig,
+        capture: Capture | None = None,
+    ) -> None:
+        """capture: how passes of decode size are captured; None: none is."""
         model.pack()
         self._model = model
-        self._page_size = page_size
+        self._page_size = config.page_size
+        self._batch_invariant = config.batch_invariant
         weight, shape = model.diffusion_head.weight, model.config
         self._device = weight.device
         self._cache = KVCache.allocate(
             shape.num_layers,
-            num_pages * page_size,
+            config.pages * config.page_size,
             shape.num_kv_heads,
             shape.head_dim,
             weight.dtype,
             weight.device,
         )
+        self._max_pages = -(-shape.max_positions // config.page_size)
+        self._graphs = None if capture is None else StepGraphs(self._forward, capture)
 
     @torch.inference_mode()
     def launch(self, inputs: PassInputs, before: RankPass | None = None) -> RankPass:
@@ -58,26 +73,54 @@ class RankRunner:
         there: PassInputs = to_device(replace(inputs, copies=None), self._device)
         if before is not None:
             there = resolve(there, before.outputs, self._page_size)
-        hidden = self._forward(inputs, there)
+        forward = ForwardInputs(
+            there.token_ids, there.positions, there.slots, there.attention, there.draft_mask
+        )
+        hidden = self._hidden(inputs.graph, forward)
         if len(there.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
             return RankPass(Sampled(there.answer_rows, hidden.new_empty(0)), _no_outputs(there))
         logits = self._model.logits(hidden[there.answer_rows])
         sampled = sample(logits, there.sampling)
         return RankPass(sampled, _outputs(there, sampled.token_ids))
 
-    def _forward(self, inputs: PassInputs, there: PassInputs) -> Tensor:
-        """Hidden states [num_tokens, hidden_size]. inputs: the host's."""
-        visible = inputs.visible if there.pending is None else there.visible.numpy(force=True)
-        attention = AttentionInputs.build(
-            inputs.query_start, visible, inputs.page_table, self._page_size, self._device
-        )
+    @torch.inference_mode()
+    def capture(
+        self, keys: SequenceOf[GraphKey], max_bytes: int, progress: Progress | None = None
+    ) -> int:
+        """Capture passes of these sizes, as far as the memory goes; how many were."""
+        if self._graphs is None:
+            return 0
+        table = torch.zeros(
+            max((key.num_sequences for key in keys), default=0), self._max_pages,
+            dtype=torch.int32, device=self._device,
+        )  # fmt: skip
+        blanks = ((key, self._blank(key, table)) for key in keys)
+        for done, _ in enumerate(self._graphs.capture(blanks, max_bytes), start=1):
+            if progress is not None:
+                progress(done, len(keys))
+        return len(self._graphs)
+
+    def _blank(self, key: GraphKey, page_table: Tensor) -> ForwardInputs:
+        """Inputs of a size, all padding. page_table [any, num_pages]: shared by all sizes."""
+        zeros = torch.zeros(key.num_tokens, dtype=torch.int64, device=self._device)
+        attention = Size.of(key).blank_attention(page_table, self._page_size, self._batch_invariant)
+        mask = torch.zeros_like(zeros, dtype=torch.bool) if key.drafts else None
+        return ForwardInputs(zeros, zeros.clone(), zeros - 1, attention, mask)
+
+    def _hidden(self, graph: GraphKey | None, inputs: ForwardInputs) -> Tensor:
+        if self._graphs is None or graph is None or graph not in self._graphs:
+            return self._forward(inputs)
+        return self._graphs.replay(graph, inputs)
+
+    def _forward(self, inputs: ForwardInputs) -> Tensor:
+        """Hidden states [num_tokens, hidden_size]."""
 
         def attend(layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
-            query = rotate_and_write(qkv, rotary, self._cache, layer, there.slots)
-            return paged_attention(query, self._cache, layer, attention)
+            query = rotate_and_write(qkv, rotary, self._cache, layer, inputs.slots)
+            return paged_attention(query, self._cache, layer, inputs.attention)
 
-        draft_rows = None if there.draft_mask is None else DraftRows(there.draft_mask)
-        hidden: Tensor = self._model(there.token_ids, there.positions, attend, draft_rows)
+        draft_rows = None if inputs.draft_mask is None else DraftRows(inputs.draft_mask)
+        hidden: Tensor = self._model(inputs.token_ids, inputs.positions, attend, draft_rows)
         return hidden
 
 

@@ -69,7 +69,7 @@ def test_slots_follow_the_page_table(batch: Batch) -> None:
 
 
 def test_causal_rows_see_themselves_and_block_rows_their_whole_block(batch: Batch) -> None:
-    assert batch.inputs.visible.tolist() == [3, 4, 5, 10, 7, 7, 7, 4, 4, 4, 4, 5]
+    assert batch.inputs.attention.visible.tolist() == [3, 4, 5, 10, 7, 7, 7, 4, 4, 4, 4, 5]
 
 
 def test_answer_rows_are_those_that_were_asked_for(batch: Batch) -> None:
@@ -132,4 +132,4 @@ def test_pages_past_the_pass_are_not_read(item: Any) -> None:
     short = item([3, 99, 99], Query(Stage.DECODE, PassKind.CAUSAL, [7], 2, (0,)))
     batch = Batch.build([short], LIMITS)
     assert batch.inputs.slots.tolist() == [14]
-    assert batch.inputs.page_table.tolist() == [[3]]
+    assert batch.inputs.attention.page_table.tolist() == [[3]]

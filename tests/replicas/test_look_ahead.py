@@ -230,14 +230,14 @@ def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> 
     scheduled = [block, decode, draft]
     batch = Batch.build(scheduled, BatchLimits(4, 3, 64))
     pending, at_most = pending_inputs(
-        scheduled, batch.inputs.query_start, np.array([0, 0, 0, 1, 2, 2, 2]), None, unread
+        scheduled, np.array([0, 3, 4, 7]), np.array([0, 0, 0, 1, 2, 2, 2]), None, unread
     )
     assert at_most.tolist() == [2, 0, 0]
     inputs = to_device(replace(batch.inputs, pending=pending), torch.device("cpu"))
     got = resolve(inputs, before, page_size=4)
     assert got.token_ids.tolist() == [41, 3, 3, 50, 20, 30, 31]
     assert got.positions.tolist() == [9, 10, 11, 5, 4, 5, 6]
-    assert got.visible.tolist() == [12, 12, 12, 6, 5, 6, 7]
+    assert got.attention.visible.tolist() == [12, 12, 12, 6, 5, 6, 7]
     assert got.slots.tolist() == [29, 30, 31, 13, 20, 21, 22]
 
 

@@ -1,0 +1,120 @@
+"""What an engine's config leaves to the device, found out before the engine starts: how many pages
+of KV fit, whether passes are launched ahead, which sizes of pass are captured.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import structlog
+import torch
+
+from trimode.kernels.sampling import SamplingInputs
+from trimode.replicas.config import DEFAULT_CPU_PAGES, EngineConfig
+from trimode.replicas.graph_keys import GraphKeys
+from trimode.replicas.memory_plan import MIB, MemoryPlan
+from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
+from trimode.replicas.model.weights import Progress
+from trimode.replicas.pass_inputs import PassInputs
+from trimode.replicas.pass_size import Size
+from trimode.replicas.rank_runner import RankRunner
+from trimode.replicas.step_graphs import CudaCapture
+
+logger = structlog.get_logger(__name__)
+
+
+def settle(model: NemotronLabsDiffusionModel, config: EngineConfig) -> EngineConfig:
+    """The config with nothing left open. On a GPU it runs the largest pass once.
+
+    Raises ConfigError where no block of KV fits.
+    """
+    on_gpu = model.diffusion_head.weight.is_cuda
+    if config.launch_ahead is None:
+        config = replace(config, launch_ahead=on_gpu)
+    if config.num_pages is None:
+        pages = _count_pages(model, config) if on_gpu else DEFAULT_CPU_PAGES
+        config = replace(config, num_pages=pages)
+    return config
+
+
+def start_rank(
+    model: NemotronLabsDiffusionModel, config: EngineConfig, progress: Progress | None = None
+) -> tuple[RankRunner, GraphKeys | None]:
+    """A runner of a settled config whose passes of decode size are captured where the device can,
+    and their sizes.
+    """
+    device = model.diffusion_head.weight.device
+    if device.type != "cuda" or not config.cuda_graphs:
+        return RankRunner(model, config), None
+    rank = RankRunner(model, config, CudaCapture(device))
+    keys = GraphKeys.of(
+        config.max_sequences, config.max_block_size, config.max_step_tokens,
+        model.has_draft_adapter,
+    )  # fmt: skip
+    wanted = keys.all()
+    count = rank.capture(wanted, config.graph_memory_mib * MIB, progress)
+    logger.info(
+        "captured passes", captured=count, sizes=len(wanted), memory_mib=config.graph_memory_mib
+    )
+    return rank, keys
+
+
+def kv_page_bytes(model: NemotronLabsDiffusionModel, page_size: int) -> int:
+    """One page's keys and values of all layers."""
+    shape = model.config
+    slot = 2 * shape.num_layers * shape.kv_width * model.diffusion_head.weight.element_size()
+    return slot * page_size
+
+
+def _count_pages(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int:
+    device = model.diffusion_head.weight.device
+    activations = _activation_bytes(model, config)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    weights = torch.cuda.memory_allocated(device)
+    plan = MemoryPlan(
+        total_bytes=total,
+        utilization=config.memory_utilization,
+        others_bytes=max(0, total - free - torch.cuda.memory_reserved(device)),
+        weight_bytes=weights,
+        activation_bytes=activations,
+        graph_bytes=config.graph_memory_mib * MIB if config.cuda_graphs else 0,
+        page_bytes=kv_page_bytes(model, config.page_size),
+    )
+    # A prompt of one token and a block, at least.
+    pages = plan.num_pages(least=1 + config.max_block_size // config.page_size)
+    logger.info(
+        "KV memory", arithmetic=plan.describe(), pages=pages, tokens=pages * config.page_size
+    )
+    return pages
+
+
+def _activation_bytes(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int:
+    """What the largest pass takes beyond weights and KV: every row is asked for its answer."""
+    device = model.diffusion_head.weight.device
+    rank = RankRunner(model, replace(config, num_pages=1))
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    rank.launch(_blank_pass(model, config))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _blank_pass(model: NemotronLabsDiffusionModel, config: EngineConfig) -> PassInputs:
+    """The largest pass of an engine, of padding only; numpy arrays."""
+    size = Size(config.max_step_tokens, min(config.max_sequences, config.max_step_tokens))
+    nothing = np.zeros(size.num_tokens, dtype=np.int64)
+    return PassInputs(
+        token_ids=nothing,
+        positions=nothing.copy(),
+        slots=nothing - 1,
+        attention=size.attention(
+            np.zeros(1, dtype=np.int64),
+            nothing,
+            np.zeros((size.num_sequences, 1), dtype=np.int64),
+            config.page_size,
+            config.batch_invariant,
+        ),
+        answer_rows=np.arange(size.num_tokens),
+        draft_mask=nothing.astype(bool) if model.has_draft_adapter else None,
+        sampling=SamplingInputs(mask_id=model.config.mask_id),
+    )

@@ -1,0 +1,54 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimode.replicas.graph_keys import MAX_GRAPH_TOKENS, GraphKey, GraphKeys
+
+keys = st.builds(
+    GraphKeys.of, st.integers(1, 300), st.sampled_from([1, 2, 6, 8, 32]), st.integers(44, 4096),
+    st.booleans(),
+)  # fmt: skip
+
+
+def test_a_pass_gets_the_smallest_size_that_holds_it() -> None:
+    sizes = GraphKeys.of(128, 32, 2048, has_adapter=True)
+    assert sizes.find(1, 1, drafts=False) == GraphKey(1, 1, False)
+    assert sizes.find(32, 1, drafts=True) == GraphKey(32, 1, True)
+    assert sizes.find(3 * 32, 3, drafts=True) == GraphKey(96, 4, True)
+    assert sizes.find(100, 100, drafts=False) == GraphKey(128, 128, False)
+    assert sizes.find(5, 3, drafts=False) == GraphKey(8, 4, False)
+
+
+def test_a_prefill_and_a_wide_pass_have_no_size() -> None:
+    sizes = GraphKeys.of(128, 32, 2048, has_adapter=True)
+    assert sizes.find(64, 1, drafts=False) is None
+    assert sizes.find(MAX_GRAPH_TOKENS + 1, 128, drafts=False) is None
+
+
+def test_an_autoregressive_engine_has_one_size_a_number_of_sequences() -> None:
+    sizes = GraphKeys.of(48, 1, 2048, has_adapter=True)
+    wanted = [GraphKey(size, size, False) for size in (48, 32, 16, 8, 4, 2, 1)]
+    assert sizes.all() == wanted
+
+
+@given(keys, st.data())
+def test_whatever_is_found_is_captured_and_large_enough(
+    sizes: GraphKeys, data: st.DataObject
+) -> None:
+    num_sequences = data.draw(st.integers(1, sizes.sequence_buckets[-1] + 1))
+    rows = st.integers(1, sizes.max_block_size)
+    num_tokens = sum(data.draw(st.lists(rows, min_size=num_sequences, max_size=num_sequences)))
+    key = sizes.find(num_tokens, num_sequences, data.draw(st.booleans()))
+    if key is None:
+        assert num_tokens > sizes.token_buckets[-1] or num_sequences > sizes.sequence_buckets[-1]
+    else:
+        assert key in sizes.all()
+        assert key.num_tokens >= num_tokens and key.num_sequences >= num_sequences
+
+
+@given(keys)
+def test_captures_go_from_large_to_small_and_are_few(sizes: GraphKeys) -> None:
+    captured = sizes.all()
+    assert [key.num_tokens for key in captured] == sorted(
+        (key.num_tokens for key in captured), reverse=True
+    )
+    assert len(captured) == len(set(captured)) <= 200
