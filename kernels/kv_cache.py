@@ -44,19 +44,34 @@ class KVCache:
 
 
 def write_kv_reference(
-    cache: KVCache, layer: int, key: Tensor, value: Tensor, slots: Tensor
+    cache: KVCache,
+    layer: int,
+    key: Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    value: Tensor,  # likewise
+    slots: Tensor,  # [num_tokens] int64, -1 for padding
 ) -> None:
-    """Put key and value [num_tokens, num_kv_heads, head_dim] into slots [num_tokens].
+    """Put every row's key and value into its slot; padding is kept nowhere.
 
     A block pass writes here, too; the causal pass over the same positions overwrites it.
     """
-    cache.layers[layer].index_copy_(0, slots, torch.stack((key, value), dim=1))
+    entries, pairs = cache.layers[layer], torch.stack((key, value), dim=1)
+    try:
+        if not slots.is_cuda:  # there it could not be caught
+            entries.index_copy_(0, slots, pairs)
+            return
+    except IndexError:
+        pass  # Padding. Passes on a CPU have none, and none of their layers pays for a look.
+    kept = slots >= 0
+    entries.index_copy_(0, slots[kept], pairs[kept])
 
 
 write_kv = write_kv_reference
 
 
 def copy_page(cache: KVCache, source: int, target: int, page_size: int) -> None:
-    """Copy one page's keys and values in all layers. Slots that nobody wrote are copied, too."""
+    """Copy one page's keys and values in all layers. Slots that nobody wrote are copied, too.
+
+    The host does not wait for it: what is launched later sees the copy.
+    """
     pages = cache.entries.unflatten(1, (-1, page_size))
     pages[:, target] = pages[:, source]

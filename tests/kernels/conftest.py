@@ -2,6 +2,8 @@
 references, and what they compile to.
 """
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -15,7 +17,13 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+KINDS = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.bool: "i1", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 
 Case = dict[str, Any]
 
@@ -88,6 +96,19 @@ def assert_near() -> Callable[[str, Tensor, Tensor, float], None]:
 
 
 @pytest.fixture(scope="session")
+def fenced() -> Callable[[Tensor], Tensor]:
+    """fenced(tensor): a copy between two stretches of NaN, which a read past its ends brings in."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        fence = 256
+        around = tensor.new_full((tensor.numel() + 2 * fence,), torch.nan)
+        inside = around[fence:-fence].view(tensor.shape)
+        return inside.copy_(tensor)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
 def compile_for_targets() -> Callable[[list[Case]], list[dict[str, Any]]]:
     """compile_for_targets(cases): what each kernel becomes on sm_80, sm_90 and sm_100."""
 
@@ -101,5 +122,54 @@ def compile_for_targets() -> Callable[[list[Case]], list[dict[str, Any]]]:
         assert done.returncode == 0, done.stderr
         found: list[dict[str, Any]] = json.loads(done.stdout)
         return found
+
+    return run
+
+
+class _Recorder:
+    """Stands for a kernel and keeps its launches as cases."""
+
+    def __init__(self, name: str, kernel: Any, cases: list[Case]) -> None:
+        self._name = name
+        self._parameters = inspect.signature(kernel.fn).parameters
+        self._cases = cases
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        case: Case = {"kernel": self._name, "signature": {}, "constexprs": {}, "options": {}}
+        for name, value in given.items():
+            if name not in self._parameters:
+                case["options"][name] = value
+            elif self._parameters[name].annotation is tl.constexpr:
+                case["constexprs"][name] = value
+            elif isinstance(value, Tensor):
+                case["signature"][name] = f"*{KINDS[value.dtype]}"
+            else:
+                case["signature"][name] = "fp32" if isinstance(value, float) else "i32"
+        self._cases.append(case)
+
+
+@pytest.fixture
+def compile_launches(
+    compile_for_targets: Callable[[list[Case]], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str, Callable[[], None]], list[dict[str, Any]]]:
+    """compile_launches(module, launch): what the kernels of a module that launch() launches become
+    on each target. Nothing runs: its tensors may be on the meta device.
+    """
+
+    def run(module_name: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
+        module = importlib.import_module(module_name)
+        cases: list[Case] = []
+        with monkeypatch.context() as patch:
+            for name, kernel in list(vars(module).items()):
+                if isinstance(kernel, (InterpretedFunction, JITFunction)):
+                    patch.setattr(module, name, _Recorder(f"{module_name}:{name}", kernel, cases))
+            launch()
+        assert cases
+        return compile_for_targets(cases)
 
     return run

@@ -9,7 +9,7 @@ from trimode.kernels.norm import add_rms_norm_reference, add_rms_norm_triton
 
 EPS = 1e-5
 # What rounding alone makes: a sum in another order, and the last digit of a narrow result.
-RATIOS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+RATIOS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 
 
 def rows(num_tokens: int, size: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -28,12 +28,13 @@ def test_the_kernel_is_near_the_reference(
     dtype: torch.dtype,
     has_update: bool,
     device: str,
+    fenced: Callable[[Tensor], Tensor],
     assert_near: Callable[..., None],
 ) -> None:
     x, update, weight = rows(num_tokens, size, dtype, device)
-    added = update if has_update else None
+    added, weight = fenced(update) if has_update else None, fenced(weight)
     wanted, wanted_sum = add_rms_norm_reference(x.clone(), added, weight, EPS)
-    got, got_sum = add_rms_norm_triton(x.clone(), added, weight, EPS)
+    got, got_sum = add_rms_norm_triton(fenced(x), added, weight, EPS)
     assert got.dtype == dtype
     assert_near("norm", got, wanted, RATIOS[dtype])
     assert_near("sum", got_sum, wanted_sum, RATIOS[dtype])
@@ -51,19 +52,24 @@ def test_the_sum_is_rounded_before_it_is_normed(device: str) -> None:
     assert torch.equal(total, x + update)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_row_does_not_depend_on_the_others(num_tokens: int, device: str) -> None:
+    x, update, weight = rows(num_tokens, 300, torch.bfloat16, device)
+    whole, _ = add_rms_norm_triton(x.clone(), update, weight, EPS)
+    for row in range(num_tokens):
+        one = slice(row, row + 1)
+        single, _ = add_rms_norm_triton(x[one].clone(), update[one], weight, EPS)
+        assert torch.equal(single, whole[one])
+
+
 def test_it_compiles_for_every_target_without_a_spill(
-    compile_for_targets: Callable[..., list[dict[str, Any]]],
+    compile_launches: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    cases = [
-        {
-            "kernel": "trimode.kernels.norm:_add_rms_norm_kernel",
-            "signature": dict.fromkeys(("x_ptr", "update_ptr", "weight_ptr", "out_ptr"), "*bf16")
-            | {"eps": "fp32"},
-            "constexprs": {"size": size, "HAS_UPDATE": True, "BLOCK": block},
-            "options": {"num_warps": 8},
-        }
-        for size, block in ((3072, 4096), (5120, 8192))
-    ]
-    for found in compile_for_targets(cases):
+    def launch() -> None:
+        for size in (3072, 4096, 5120):
+            x = torch.empty(32, size, dtype=torch.bfloat16, device="meta")
+            add_rms_norm_triton(x, x, x[0], EPS)
+
+    for found in compile_launches("trimode.kernels.norm", launch):
         assert found["cubin_bytes"] > 0
         assert found["spilled_bytes"] == 0, found
