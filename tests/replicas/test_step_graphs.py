@@ -48,11 +48,11 @@ class Rerun:
 def make_engine(tiny_model: Any, small_engine: Any) -> Callable[..., tuple[Engine, Rerun]]:
     """make_engine(**settings): an engine of the tiny model that replays passes of decode size."""
 
-    def make(max_graph_sequences: int = 8, **own: Any) -> tuple[Engine, Rerun]:
-        config: EngineConfig = small_engine(**({"max_sequences": 8, "max_block_size": 8} | own))
+    def make(max_graph_sequences: int = 4, **own: Any) -> tuple[Engine, Rerun]:
+        config: EngineConfig = small_engine(**({"max_sequences": 4, "max_block_size": 4} | own))
         capture = Rerun()
         rank = RankRunner(tiny_model(), config, capture)
-        keys = GraphKeys.of(max_graph_sequences, 8, config.max_step_tokens, has_adapter=True)
+        keys = GraphKeys.of(max_graph_sequences, 4, config.max_step_tokens, has_adapter=True)
         assert rank.capture(keys.all(), max_bytes=1) == len(keys.all())
         return Engine(TorchModelRunner(tiny_model(), config, rank, keys), config), capture
 
@@ -64,15 +64,15 @@ requests = st.lists(
         st.sampled_from([AR, SPECULATION, DIFFUSION]),
         st.integers(1, 30),  # prompt
         st.integers(1, 20),  # max_tokens
-        st.integers(1, 8),  # block size
+        st.integers(1, 4),  # block size
         st.sampled_from([0.0, 0.8]),  # temperature
     ),
     min_size=1,
-    max_size=8,
+    max_size=6,
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(requests=requests, launch_ahead=st.booleans())
 def test_replayed_passes_give_the_same_tokens(
     make_engine: Any,
@@ -87,19 +87,20 @@ def test_replayed_passes_give_the_same_tokens(
         return [
             make_request(
                 mode, prompt, max_tokens, f"r{index}", block_size=block, temperature=heat,
-                seed=index,
+                seed=index, ignore_eos=True,
             )
             for index, (mode, prompt, max_tokens, block, heat) in enumerate(requests)
         ]  # fmt: skip
 
-    plain_config = small_engine(max_sequences=8, max_block_size=8)
+    plain_config = small_engine(max_sequences=4, max_block_size=4)
     wanted = drain(Engine(TorchModelRunner(tiny_model(), plain_config), plain_config), ask())
     engine, capture = make_engine(launch_ahead=launch_ahead)
     got = drain(engine, ask())
     assert {name: one.token_ids for name, one in got.items()} == {
         name: one.token_ids for name, one in wanted.items()
     }
-    assert capture.num_replays > 0
+    # Only a pass with a prompt in it may be larger than every size.
+    assert capture.num_replays > 0 or all(max_tokens == 1 for _, _, max_tokens, _, _ in requests)
 
 
 def test_a_pass_larger_than_every_size_runs_as_it_is(
