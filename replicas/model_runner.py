@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from trimode.replicas.batch import Batch, BatchLimits
 from trimode.replicas.config import EngineConfig
+from trimode.replicas.download import Download
 from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.page_tables import PageCopy
@@ -50,6 +51,7 @@ class TorchPass:
 
     batch: Batch
     there: RankPass
+    answers: Download
 
 
 class TorchModelRunner:
@@ -90,11 +92,11 @@ class TorchModelRunner:
         before: TorchPass | None = None,
         copies: SequenceOf[PageCopy] = (),
     ) -> TorchPass:
-        if before is None:
-            batch = Batch.build(scheduled, self._limits, None, copies)
-            return TorchPass(batch, self._rank.launch(batch.inputs))
-        batch = Batch.build(scheduled, self._limits, before.batch, copies)
-        return TorchPass(batch, self._rank.launch(batch.inputs, before.there))
+        batch = Batch.build(
+            scheduled, self._limits, None if before is None else before.batch, copies
+        )
+        there = self._rank.launch(batch.inputs, None if before is None else before.there)
+        return TorchPass(batch, there, Download(there.sampled))
 
     def read(self, launched: TorchPass) -> list[Answers]:
-        return launched.batch.split(launched.there.sampled)
+        return launched.batch.split(launched.answers.wait())

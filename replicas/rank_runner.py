@@ -80,7 +80,7 @@ class RankRunner:
         if len(there.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
             return RankPass(Sampled(there.answer_rows, hidden.new_empty(0)), _no_outputs(there))
         logits = self._model.logits(hidden[there.answer_rows])
-        sampled = sample(logits, there.sampling)
+        sampled = self._sample(logits, there)
         return RankPass(sampled, _outputs(there, sampled.token_ids))
 
     @torch.inference_mode()
@@ -106,6 +106,9 @@ class RankRunner:
         attention = Size.of(key).blank_attention(page_table, self._page_size, self._batch_invariant)
         mask = torch.zeros_like(zeros, dtype=torch.bool) if key.drafts else None
         return ForwardInputs(zeros, zeros.clone(), zeros - 1, attention, mask)
+
+    def _sample(self, logits: Tensor, there: PassInputs) -> Sampled:
+        return sample(logits, there.sampling)
 
     def _hidden(self, graph: GraphKey | None, inputs: ForwardInputs) -> Tensor:
         if self._graphs is None or graph is None or graph not in self._graphs:
