@@ -5,7 +5,7 @@ pending: see replicas/look_ahead.py.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -59,55 +59,15 @@ class Batch:
         before: the pass that pending queries hang on.
         """
         queries = [item.query for item in scheduled]
-        lens = np.array([len(query.token_ids) for query in queries])  # [num_sequences]
-        query_start = np.concatenate(([0], lens.cumsum()))
-        owner = np.repeat(np.arange(len(queries)), lens)  # [num_tokens]
-        starts = np.array([query.start for query in queries])
-        positions = np.arange(len(owner)) + (starts - query_start[:-1])[owner]
-        counts = np.array([len(query.answers) for query in queries])
-        answer_start = np.concatenate(([0], counts.cumsum()))
-        answer_rows = _chained([query.answers for query in queries])
-        answer_rows += np.repeat(query_start[:-1], counts)
-        sampling = build_sampling(
-            scheduled, counts, positions[answer_rows], limits.mask_id, limits.vocab_size
-        )
-        drafts = [query.kind is PassKind.DRAFT for query in queries]
-        graph = None
-        if limits.graph_keys is not None:
-            graph = limits.graph_keys.find(len(owner), len(queries), any(drafts))
-        size = Size(len(owner), len(queries)) if graph is None else Size.of(graph)
-        pending, reach = None, starts + lens  # how far each sequence's pages must go
-        if before is not None and any(query.pending for query in queries):
-            drawn = None if sampling.draws is None else owner[answer_rows[sampling.draws.rows]]
-            owners = filled(owner, size.num_tokens, size.num_sequences)
-            pending, at_most = pending_inputs(
-                scheduled, query_start, owners, drawn, before.unread()
-            )
-            reach = reach + at_most
-        pages = _page_tables(scheduled, reach, limits.page_size)
-        accept = (
-            accept_inputs(scheduled, query_start, answer_start) if limits.launch_ahead else None
-        )
-        inputs = PassInputs(
-            token_ids=filled(_chained([q.token_ids for q in queries]), size.num_tokens, 0),
-            positions=filled(positions, size.num_tokens, 0),
-            slots=filled(_slots(pages, owner, positions, limits.page_size), size.num_tokens, -1),
-            attention=size.attention(
-                query_start, _visible(queries, positions, starts + lens, owner), pages,
-                limits.page_size, limits.batch_invariant,
-            ),
-            answer_rows=answer_rows,
-            draft_mask=filled(np.repeat(drafts, lens), size.num_tokens, 0) if any(drafts) else None,
-            sampling=sampling,
-            pending=pending,
-            accept=accept,
-            copies=np.array([(c.source, c.target) for c in copies]) if copies else None,
-            graph=graph,
-        )  # fmt: skip
+        rows = _Rows.of(queries)
+        inputs = _inputs(scheduled, rows, limits, None if before is None else before.unread())
+        if copies:
+            inputs = replace(inputs, copies=np.array([(c.source, c.target) for c in copies]))
+        counts = rows.num_answers
         return cls(
             inputs=inputs,
             scheduled=scheduled,
-            answer_start=answer_start,
+            answer_start=rows.answer_start,
             num_confidences=np.where([q.wants_confidence for q in queries], counts, 0),
             num_candidates=np.where([q.num_candidates for q in queries], counts, 0),
             num_logprobs=[item.sequence.request.num_logprobs for item in scheduled],
@@ -163,24 +123,101 @@ def _parts(values: list[Value], counts: np.ndarray) -> list[list[Value]]:
     return [values[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
 
-def _visible(
-    queries: SequenceOf[Query], positions: np.ndarray, ends: np.ndarray, owner: np.ndarray
-) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """How queries lie in the rows of a pass, before padding."""
+
+    query_start: np.ndarray  # [num_sequences + 1]: rows of sequence i
+    owner: np.ndarray  # [num_tokens]: sequence of each row
+    positions: np.ndarray  # [num_tokens], as far as the host knows
+    ends: np.ndarray  # [num_sequences]: the position after each query, likewise
+    answer_start: np.ndarray  # [num_sequences + 1]: answers of sequence i
+    answer_rows: np.ndarray  # [num_answers]
+
+    @classmethod
+    def of(cls, queries: SequenceOf[Query]) -> "_Rows":
+        lens = np.array([len(query.token_ids) for query in queries])
+        starts = np.array([query.start for query in queries])
+        counts = np.array([len(query.answers) for query in queries])
+        query_start = np.concatenate(([0], lens.cumsum()))
+        owner = np.repeat(np.arange(len(queries)), lens)
+        answer_rows = _chained([query.answers for query in queries])
+        return cls(
+            query_start=query_start,
+            owner=owner,
+            positions=np.arange(len(owner)) + (starts - query_start[:-1])[owner],
+            ends=starts + lens,
+            answer_start=np.concatenate(([0], counts.cumsum())),
+            answer_rows=answer_rows + np.repeat(query_start[:-1], counts),
+        )
+
+    @property
+    def num_answers(self) -> np.ndarray:  # [num_sequences]
+        return np.diff(self.answer_start)
+
+
+def _inputs(
+    scheduled: SequenceOf[Scheduled], rows: _Rows, limits: BatchLimits, unread: Unread | None
+) -> PassInputs:
+    queries = [item.query for item in scheduled]
+    num_tokens, num_sequences = len(rows.owner), len(queries)
+    is_draft = np.array([query.kind is PassKind.DRAFT for query in queries])
+    drafts, graph = bool(is_draft.any()), None
+    if limits.graph_keys is not None:
+        graph = limits.graph_keys.find(num_tokens, num_sequences, drafts)
+    size = Size(num_tokens, num_sequences) if graph is None else Size.of(graph)
+    sampling = build_sampling(
+        scheduled,
+        rows.num_answers,
+        rows.positions[rows.answer_rows],
+        limits.mask_id,
+        limits.vocab_size,
+    )
+    pending, reach = None, rows.ends  # how far each sequence's pages must go
+    if unread is not None and any(query.pending for query in queries):
+        draws = sampling.draws
+        drawn = None if draws is None else rows.owner[rows.answer_rows[draws.rows]]
+        owner = filled(rows.owner, size.num_tokens, size.num_sequences)
+        pending, at_most = pending_inputs(scheduled, rows.query_start, owner, drawn, unread)
+        reach = reach + at_most
+    pages = _page_tables(scheduled, reach, limits.page_size)
+    slots = _slots(pages, rows, limits.page_size)
+    ids = _chained([query.token_ids for query in queries])
+    return PassInputs(
+        token_ids=filled(ids, size.num_tokens, 0),
+        positions=filled(rows.positions, size.num_tokens, 0),
+        slots=filled(slots, size.num_tokens, -1),
+        attention=size.attention(
+            rows.query_start, _visible(queries, rows), pages, limits.page_size,
+            limits.batch_invariant,
+        ),
+        answer_rows=rows.answer_rows,
+        draft_mask=filled(is_draft[rows.owner], size.num_tokens, 0) if drafts else None,
+        sampling=sampling,
+        pending=pending,
+        accept=(
+            accept_inputs(scheduled, rows.query_start, rows.answer_start)
+            if limits.launch_ahead else None
+        ),
+        graph=graph,
+    )  # fmt: skip
+
+
+def _visible(queries: SequenceOf[Query], rows: _Rows) -> np.ndarray:
     """[num_tokens]: a row of a causal pass sees up to itself, a row of a block pass up to the end
     of its block.
     """
     is_block = [query.kind is not PassKind.CAUSAL for query in queries]
     if not any(is_block):
-        return positions + 1
-    return np.where(np.array(is_block)[owner], ends[owner], positions + 1)
+        return rows.positions + 1
+    owner = rows.owner
+    return np.where(np.array(is_block)[owner], rows.ends[owner], rows.positions + 1)
 
 
-def _slots(
-    pages: np.ndarray, owner: np.ndarray, positions: np.ndarray, page_size: int
-) -> np.ndarray:
+def _slots(pages: np.ndarray, rows: _Rows, page_size: int) -> np.ndarray:
     """[num_tokens]: where each row's KV is written."""
-    slots: np.ndarray = pages[owner, positions // page_size] * page_size + positions % page_size
-    return slots
+    page = pages[rows.owner, rows.positions // page_size]
+    return np.asarray(page * page_size + rows.positions % page_size)
 
 
 def _chained(lists: list[SequenceOf[int]]) -> np.ndarray:
