@@ -27,6 +27,7 @@ ALLOWED_IN = {
     "grpc": ("cluster/gateway.py", "cluster/client.py", "cluster/grpc_server.py", "proto/"),
     "grpc_health": ("cluster/grpc_server.py",),
     "grpc_reflection": ("cluster/grpc_server.py",),
+    "jinja2": ("cluster/chat_template.py", "cluster/template_sandbox.py"),
     "opentelemetry.sdk": ("cluster/telemetry.py",),
     "ray": ("cluster/", "router/request_router.py", "replicas/replica.py"),
     "transformers": ("cluster/bench/transformers_baseline.py",),

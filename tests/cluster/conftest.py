@@ -3,6 +3,7 @@
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -91,3 +92,45 @@ async def served(engine: Engine) -> AsyncIterator[Served]:
         yield Served(address, stub, channel, loop, board, server)
     await server.stop()
     loop.stop()
+
+
+# The family's form: a system turn always, no beginning of sequence, thinking switched off by
+# a pair of tokens, and what was thought before is left out.
+FAMILY_TEMPLATE = """\
+{%- macro turn(role, content) -%}
+<|im_start|>{{ role }}
+{{ content }}<|im_end|>
+{% endmacro -%}
+{%- if messages[0].role != 'system' -%}
+  {{ turn('system', '') }}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'assistant' -%}
+    {{ turn('assistant', '<think></think>' ~ message.content.split('</think>')[-1] | trim) }}
+  {%- elif message.role in ('system', 'user') -%}
+    {{ turn(message.role, message['content']) }}
+  {%- else -%}
+    {{ raise_exception('no turn of ' ~ message.role ~ ' is known here') }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  <|im_start|>assistant
+  {{- '\\n<think>' ~ ('\\n' if enable_thinking else '</think>') }}
+{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def family_template() -> str:
+    return FAMILY_TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint with a chat template beside it."""
+    folder = tmp_path_factory.mktemp("models") / "chatting"
+    folder.mkdir()
+    for path in BUNDLED_CHECKPOINT.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").write_text(FAMILY_TEMPLATE)
+    return folder
