@@ -69,7 +69,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-async def served(engine: Engine) -> AsyncIterator[Served]:
+async def served(engine: Engine, chat_folder: Path) -> AsyncIterator[Served]:
     loop = EngineLoop(engine)
     loop.start()
     config = ClusterConfig.parse(
@@ -79,9 +79,11 @@ async def served(engine: Engine) -> AsyncIterator[Served]:
     pools = {pool.name: LoopPool(loop) for pool in config.pools}
     servicer = InferenceServicer(
         Dispatcher(pools, config.pools, board, auto_concurrency=4, max_streams=64),
-        Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1),
+        Tokenizer.load(chat_folder, bos_id=1),
         Defaults(max_tokens=32, max_positions=engine.info.max_positions),
-        describe=lambda: pb.GetModelResponse(name="bundled", has_tokenizer=True),
+        describe=lambda: pb.GetModelResponse(
+            name="bundled", has_tokenizer=True, has_chat_template=True
+        ),
     )
     server = GrpcServer(config.gateway, servicer)
     await server.start()
