@@ -64,9 +64,12 @@ TORCH_FREE = (
 LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
+    ("cluster/chat_command.py", "trimode.cluster.chat"),
     ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
     ("cluster/bench/command.py", "trimode.cluster.bench.session"),
+    # Its import changes how input() reads from a terminal.
+    ("cluster/chat.py", "readline"),
     # It imports transformers, which only --against needs.
     ("cluster/bench/session.py", "trimode.cluster.bench.transformers_baseline"),
     # After its backend was chosen.
