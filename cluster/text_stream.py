@@ -65,9 +65,11 @@ class RequestText:
     ) -> None:
         """is_chat: what stands between <think> and </think> is told apart."""
         self._stop_ids = request.stop_ids
-        self._samples = [
-            _SampleText(tokenizer, request, is_chat) for _ in range(request.n if tokenizer else 0)
-        ]
+        self._samples = (
+            [_SampleText(tokenizer, request, is_chat) for _ in range(request.n)]
+            if tokenizer
+            else []
+        )
 
     def push(self, chunk: Chunk) -> TextPiece:
         """What a chunk adds to its sample; nothing without a tokenizer."""
@@ -81,8 +83,7 @@ class RequestText:
 
 
 class _SampleText:
-    def __init__(self, tokenizer: Tokenizer | None, request: Request, is_chat: bool) -> None:
-        assert tokenizer is not None
+    def __init__(self, tokenizer: Tokenizer, request: Request, is_chat: bool) -> None:
         self._decoded = tokenizer.stream()
         self._stop_filter = StopFilter(request.stop_strings)
         self._marks = (tokenizer.thinking_ids if is_chat else None) or (-1, -1)
