@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from trimode.cluster.bench.command import bench
+from trimode.cluster.chat_command import chat
 from trimode.cluster.generate_command import generate
 from trimode.replicas.errors import TrimodeError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
@@ -44,6 +45,7 @@ def serve(
 
 
 app.command()(generate)
+app.command()(chat)
 
 
 @app.command()

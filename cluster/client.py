@@ -1,6 +1,6 @@
 """The Python client: trimode.v1 over gRPC, with a server's status turned into one exception."""
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,24 @@ class CallFailed(TrimodeError):
         super().__init__(f"{status}: {message}")
         self.status = status
         self.message = message
+
+
+def chat_request(
+    messages: Iterable[tuple[str, str]],
+    *,
+    thinking: bool = False,
+    request: pb.GenerateRequest | None = None,
+) -> pb.GenerateRequest:
+    """A request to answer a conversation.
+
+    messages: (role, content), as ("user", "What is a page?"). request: all but the prompt.
+    """
+    message = pb.GenerateRequest()
+    if request is not None:
+        message.CopyFrom(request)
+    turns = [pb.ChatMessage(role=role, content=content) for role, content in messages]
+    message.chat.CopyFrom(pb.Chat(messages=turns, enable_thinking=thinking))
+    return message
 
 
 class Client:

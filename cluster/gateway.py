@@ -68,6 +68,7 @@ class Gateway:
             block_size=model.block_size,
             eos_token_id=model.eos_id,
             has_tokenizer=self._tokenizer is not None,
+            has_chat_template=self._tokenizer is not None and self._tokenizer.has_chat_template,
             has_draft_adapter=info.has_draft_adapter,
             dtype=info.dtype,
             pools=[self._describe_pool(view) for view in self._dispatcher.views()],

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import ParseDict, ParseError
 
-from trimode.cluster.option_values import biases, file_text, ids, one_of, text_or_file
+from trimode.cluster.option_values import biases, file_text, ids, one_of, parsed, text_or_file
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
@@ -28,16 +28,24 @@ OptFloat = float | None
 OptStr = str | None
 
 
-def _parsed(parser: Any, metavar: str, help: str) -> Any:
-    return typer.Option(parser=parser, metavar=metavar, help=help)
+def to_message(fields: dict[str, Any]) -> pb.GenerateRequest:
+    """Fields by name; None is unset. Raises BadParameter."""
+    try:
+        return ParseDict(fields, pb.GenerateRequest())
+    except ParseError as error:
+        raise typer.BadParameter(str(error).rstrip(".")) from None
 
 
 def generate(
     prompt: Annotated[OptStr, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[OptStr, _parsed(file_text, "FILE", "File with the text.")] = None,
-    prompt_ids: Annotated[Sequence[int] | None, _parsed(ids, "1,2,3", "Its token ids.")] = None,
+    prompt_file: Annotated[OptStr, parsed(file_text, "FILE", "File with the text.")] = None,
+    prompt_ids: Annotated[Sequence[int] | None, parsed(ids, "1,2,3", "Its token ids.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The text is a user's turn.")] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="With --chat: think before answering.")
+    ] = False,
     model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
-    mode: Annotated[str, _parsed(one_of(MODES), "NAME", f"{', '.join(MODES)}.")] = "auto",
+    mode: Annotated[str, parsed(one_of(MODES), "NAME", f"{', '.join(MODES)}.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[OptInt, typer.Option(help="Of the sampling noise.")] = None,
@@ -51,19 +59,19 @@ def generate(
     presence_penalty: Annotated[OptFloat, typer.Option(help="Output; 0: none.")] = None,
     frequency_penalty: Annotated[OptFloat, typer.Option(help="Output, by count; 0: none.")] = None,
     logit_bias: Annotated[
-        Mapping[int, float] | None, _parsed(biases, "5=-100,7=2.5", "By token id.")
+        Mapping[int, float] | None, parsed(biases, "5=-100,7=2.5", "By token id.")
     ] = None,
     logprobs: Annotated[
         OptInt, typer.Option(help="With --json: log-probabilities, and of so many others.")
     ] = None,
     min_tokens: Annotated[OptInt, typer.Option(help="No end before so many.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="It ends nothing.")] = False,
-    stop_ids: Annotated[Sequence[int] | None, _parsed(ids, "1,2,3", "Ids that end it.")] = None,
+    stop_ids: Annotated[Sequence[int] | None, parsed(ids, "1,2,3", "Ids that end it.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     thinking_budget: Annotated[OptInt, typer.Option(help="Most tokens after <think>.")] = None,
-    json_schema: Annotated[OptStr, _parsed(text_or_file, "TEXT|@FILE", "Of the output.")] = None,
-    regex: Annotated[OptStr, _parsed(text_or_file, "TEXT|@FILE", "Of the output.")] = None,
-    lark: Annotated[OptStr, _parsed(text_or_file, "TEXT|@FILE", "Its grammar.")] = None,
+    json_schema: Annotated[OptStr, parsed(text_or_file, "TEXT|@FILE", "Of the output.")] = None,
+    regex: Annotated[OptStr, parsed(text_or_file, "TEXT|@FILE", "Of the output.")] = None,
+    lark: Annotated[OptStr, parsed(text_or_file, "TEXT|@FILE", "Its grammar.")] = None,
     block_size: Annotated[OptInt, typer.Option(help="Pins the block size.")] = None,
     threshold: Annotated[
         OptFloat, typer.Option(help="Default: 0.9 in diffusion, 0 (one-pass drafts) else.")
@@ -73,7 +81,7 @@ def generate(
         bool, typer.Option("--no-governor", help="Largest block always; so it is in process.")
     ] = False,
     priority: Annotated[
-        str, _parsed(one_of(PRIORITIES), "NAME", f"{', '.join(PRIORITIES)}.")
+        str, parsed(one_of(PRIORITIES), "NAME", f"{', '.join(PRIORITIES)}.")
     ] = "interactive",
     cache_salt: Annotated[OptStr, typer.Option(help="Shares cached pages under it only.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -85,10 +93,17 @@ def generate(
 
     if (prompt, prompt_file, prompt_ids).count(None) != 2:
         raise InvalidRequest("prompt", "give exactly one of --prompt, --prompt-file, --prompt-ids")
+    if chat and prompt_ids is not None:
+        raise typer.BadParameter("--chat needs --prompt or --prompt-file")
+    if thinking and not chat:
+        raise typer.BadParameter("--thinking needs --chat")
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs needs --json")
+    text = prompt if prompt_file is None else prompt_file
+    turns = [{"role": "user", "content": text}]
     fields = {
-        "text": prompt if prompt_file is None else prompt_file,
+        "text": None if chat else text,
+        "chat": {"messages": turns, "enable_thinking": thinking} if chat else None,
         "token_ids": None if prompt_ids is None else {"ids": prompt_ids},
         "mode": mode,
         "sampling": {
@@ -122,8 +137,4 @@ def generate(
         "priority": priority,
         "cache_salt": cache_salt,
     }
-    try:
-        message = ParseDict(fields, pb.GenerateRequest())
-    except ParseError as error:
-        raise typer.BadParameter(str(error).rstrip(".")) from None
-    command.run(message, model=model, dtype=dtype, address=address, as_json=as_json)
+    command.run(to_message(fields), model=model, dtype=dtype, address=address, as_json=as_json)

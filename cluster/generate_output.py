@@ -42,12 +42,15 @@ def print_json(output: Output) -> None:
 
 
 def print_stream(output: Output) -> None:
-    """What stands in one colour was committed together; neighbouring steps differ in colour."""
+    """What stands in one colour was committed together; neighbouring steps differ in colour. What a
+    chat thinks is dim.
+    """
     console = Console(highlight=False, soft_wrap=True)
     for step, reply in enumerate(_by_sample(output.replies)):
         shown = reply.text
         if not output.has_text:
             shown = "".join(f"{token_id} " for token_id in reply.token_ids)
+        console.print(Text(reply.thinking, style="dim"), end="")
         console.print(Text(shown, style=COLOURS[step % len(COLOURS)]), end="")
         if reply.HasField("finish"):
             console.print()
@@ -84,6 +87,8 @@ def _document(replies: list[pb.GenerateResponse], has_text: bool) -> dict[str, A
             "total_s": timings.total_seconds,
         },
     }
+    thinking = "".join(reply.thinking for reply in replies)
+    document |= {"thinking": thinking} if thinking else {}
     logprobs = [_logprobs(token) for reply in replies for token in reply.logprobs]
     return document | ({"logprobs": logprobs} if logprobs else {})
 

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from trimode.cluster.config import GatewaySettings
 from trimode.cluster.dispatcher import Dispatcher
-from trimode.cluster.messages import Defaults, to_request, to_response
+from trimode.cluster.messages import Defaults, is_chat, to_request, to_response
 from trimode.cluster.text_stream import RequestText
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
@@ -53,7 +53,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         try:
             request = to_request(message, self._tokenizer, self._defaults, context.time_remaining())
             request = self._dispatcher.place(request)
-            async with aclosing(self._replies(request)) as replies:
+            text = RequestText(self._tokenizer, request, is_chat=is_chat(message))
+            async with aclosing(self._replies(request, text)) as replies:
                 async for reply in replies:
                     await context.write(reply)
         except tuple(STATUS_CODES) as error:
@@ -69,8 +70,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.GetModelResponse:
         return self._describe()
 
-    async def _replies(self, request: Request) -> AsyncGenerator[pb.GenerateResponse]:
-        text = RequestText(self._tokenizer, request)
+    async def _replies(
+        self, request: Request, text: RequestText
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         async with aclosing(self._dispatcher.stream(request)) as chunks:
             async for chunk in chunks:
                 yield to_response(request, chunk, text.push(chunk))

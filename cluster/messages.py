@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from trimode.cluster.chat_template import ChatMessage, Conversation
+from trimode.cluster.text_stream import TextPiece
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
@@ -57,6 +59,11 @@ class Defaults:
 
     max_tokens: int
     max_positions: int  # prompt and output together
+
+
+def is_chat(message: pb.GenerateRequest) -> bool:
+    """Whether thinking and answer are told apart in the replies."""
+    return message.HasField("chat")
 
 
 def to_request(
@@ -137,11 +144,12 @@ def _or(
     return value if sampling.HasField(field) else unset
 
 
-def to_response(request: Request, chunk: Chunk, text: str) -> pb.GenerateResponse:
+def to_response(request: Request, chunk: Chunk, piece: TextPiece) -> pb.GenerateResponse:
     """One message for one chunk of a routed request."""
     message = pb.GenerateResponse(
         request_id=request.request_id,
-        text=text,
+        text=piece.text,
+        thinking=piece.thinking,
         token_ids=chunk.token_ids,
         mode=MODE_MESSAGES[request.mode],
         logprobs=map(_logprobs, chunk.logprobs or ()),
@@ -187,8 +195,22 @@ def _prompt_ids(message: pb.GenerateRequest, tokenizer: Tokenizer | None) -> lis
             if tokenizer is None:
                 raise InvalidRequest("text", "the model has no tokenizer; send token_ids")
             return tokenizer.encode(message.text)
+        case "chat":
+            if tokenizer is None:
+                raise InvalidRequest("chat", "the model has no tokenizer; send token_ids")
+            return tokenizer.encode_chat(_conversation(message.chat))
         case _:
-            raise InvalidRequest("prompt", "is required: set text or token_ids")
+            raise InvalidRequest("prompt", "is required: set text, token_ids or chat")
+
+
+def _conversation(chat: pb.Chat) -> Conversation:
+    return Conversation(
+        tuple(ChatMessage(message.role, message.content) for message in chat.messages),
+        add_generation_prompt=(
+            chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+        ),
+        enable_thinking=chat.enable_thinking,
+    )
 
 
 def _name(field: str, given: str) -> str:

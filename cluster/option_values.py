@@ -4,11 +4,16 @@ option's name.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 
 Number = TypeVar("Number", int, float)
+
+
+def parsed(parser: Any, metavar: str, help: str) -> Any:
+    """An option whose text a function turns into its value."""
+    return typer.Option(parser=parser, metavar=metavar, help=help)
 
 
 def numbers(kind: type[Number]) -> Callable[[str], Sequence[Number]]:

@@ -5,33 +5,39 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import DecodeStream
 
-from trimode.replicas.errors import CheckpointError
+from trimode.cluster.chat_template import ChatTemplate, Conversation
+from trimode.cluster.encoder import Encoder
+from trimode.replicas.errors import CheckpointError, InvalidRequest
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer.json. Text is text: special tokens spelled out in it are not
-    recognised.
+    """The checkpoint's tokenizer.json and chat template. Text is text: special tokens spelled out
+    in it are not recognised ("<|im_end|>" is ten characters); only a chat template writes them.
     """
 
-    def __init__(self, rust: RustTokenizer, bos_id: int) -> None:
-        rust.encode_special_tokens = (
-            True  # "<|im_end|>" in a prompt is nine characters, not a token
-        )
+    def __init__(
+        self, rust: RustTokenizer, bos_id: int, chat_template: ChatTemplate | None = None
+    ) -> None:
+        self._encoder = Encoder(rust)
         self._rust = rust
         self._bos_id = bos_id
+        self._chat_template = chat_template
+        own_text = chat_template.own_text if chat_template else ""
+        self._template_tokens = self._encoder.spelled_in(own_text)
 
     @classmethod
     def load(cls, folder: Path, bos_id: int) -> "Tokenizer | None":
-        """The folder's tokenizer; None where it has none. Raises CheckpointError where it is
-        broken.
+        """The folder's tokenizer; None where it has none. Raises CheckpointError where it or the
+        chat template is broken.
         """
         path = folder / "tokenizer.json"
         if not path.exists():
             return None
         try:
-            return cls(RustTokenizer.from_file(str(path)), bos_id)
+            rust = RustTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return cls(rust, bos_id, ChatTemplate.load(folder))
 
     @property
     def thinking_ids(self) -> tuple[int, int] | None:
@@ -41,7 +47,39 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text to continue, beginning-of-sequence first."""
-        return [self._bos_id, *self._rust.encode(text, add_special_tokens=False).ids]
+        return [self._bos_id, *self._encoder.encode(text)]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """Ids of a conversation as the chat template writes it, special tokens of its included;
+        those spelled out in a message are text.
+
+        Raises InvalidRequest where there is no template, where it cannot render the conversation,
+        or where it treats text so that its own special tokens cannot be told from a message's.
+        """
+        template = self._chat_template
+        if template is None:
+            raise InvalidRequest("chat", "the model has no chat template; send text or token_ids")
+        token_ids: list[int] = []
+        texts: list[str] = []
+        for part in self._encoder.split(template.render(conversation)):
+            if isinstance(part, int):
+                token_ids.append(part)
+            else:
+                token_ids += self._encoder.encode(part)
+                texts.append(part)
+        for spelling in self._template_tokens:
+            written = any(spelling in text for text in texts)
+            if written and not any(spelling in turn.content for turn in conversation.messages):
+                raise InvalidRequest(
+                    "chat",
+                    f"the model's chat template treats text so that its own {spelling!r} cannot be "
+                    "told from one in a message",
+                )
+        return token_ids
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ids; special tokens have none."""

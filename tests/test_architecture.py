@@ -27,6 +27,7 @@ ALLOWED_IN = {
     "grpc": ("cluster/gateway.py", "cluster/client.py", "cluster/grpc_server.py", "proto/"),
     "grpc_health": ("cluster/grpc_server.py",),
     "grpc_reflection": ("cluster/grpc_server.py",),
+    "jinja2": ("cluster/chat_template.py", "cluster/template_sandbox.py"),
     "opentelemetry.sdk": ("cluster/telemetry.py",),
     "ray": ("cluster/", "router/request_router.py", "replicas/replica.py"),
     "transformers": ("cluster/bench/transformers_baseline.py",),
@@ -63,9 +64,12 @@ TORCH_FREE = (
 LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
+    ("cluster/chat_command.py", "trimode.cluster.chat"),
     ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
     ("cluster/bench/command.py", "trimode.cluster.bench.session"),
+    # Its import changes how input() reads from a terminal.
+    ("cluster/chat.py", "readline"),
     # It imports transformers, which only --against needs.
     ("cluster/bench/session.py", "trimode.cluster.bench.transformers_baseline"),
     # After its backend was chosen.

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -68,7 +69,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-async def served(engine: Engine) -> AsyncIterator[Served]:
+async def served(engine: Engine, chat_folder: Path) -> AsyncIterator[Served]:
     loop = EngineLoop(engine)
     loop.start()
     config = ClusterConfig.parse(
@@ -78,9 +79,11 @@ async def served(engine: Engine) -> AsyncIterator[Served]:
     pools = {pool.name: LoopPool(loop) for pool in config.pools}
     servicer = InferenceServicer(
         Dispatcher(pools, config.pools, board, auto_concurrency=4, max_streams=64),
-        Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1),
+        Tokenizer.load(chat_folder, bos_id=1),
         Defaults(max_tokens=32, max_positions=engine.info.max_positions),
-        describe=lambda: pb.GetModelResponse(name="bundled", has_tokenizer=True),
+        describe=lambda: pb.GetModelResponse(
+            name="bundled", has_tokenizer=True, has_chat_template=True
+        ),
     )
     server = GrpcServer(config.gateway, servicer)
     await server.start()
@@ -91,3 +94,45 @@ async def served(engine: Engine) -> AsyncIterator[Served]:
         yield Served(address, stub, channel, loop, board, server)
     await server.stop()
     loop.stop()
+
+
+# The family's form: a system turn always, no beginning of sequence, thinking switched off by
+# a pair of tokens, and what was thought before is left out.
+FAMILY_TEMPLATE = """\
+{%- macro turn(role, content) -%}
+<|im_start|>{{ role }}
+{{ content }}<|im_end|>
+{% endmacro -%}
+{%- if messages[0].role != 'system' -%}
+  {{ turn('system', '') }}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'assistant' -%}
+    {{ turn('assistant', '<think></think>' ~ message.content.split('</think>')[-1] | trim) }}
+  {%- elif message.role in ('system', 'user') -%}
+    {{ turn(message.role, message['content']) }}
+  {%- else -%}
+    {{ raise_exception('no turn of ' ~ message.role ~ ' is known here') }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  <|im_start|>assistant
+  {{- '\\n<think>' ~ ('\\n' if enable_thinking else '</think>') }}
+{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def family_template() -> str:
+    return FAMILY_TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint with a chat template beside it."""
+    folder = tmp_path_factory.mktemp("models") / "chatting"
+    folder.mkdir()
+    for path in BUNDLED_CHECKPOINT.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").write_text(FAMILY_TEMPLATE)
+    return folder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trimode.cluster.client import AsyncClient, CallFailed
+from trimode.cluster.client import AsyncClient, CallFailed, chat_request
 from trimode.proto import inference_pb2 as pb
 
 
@@ -25,6 +25,16 @@ async def test_a_stream_ends_with_its_account(served: Any) -> None:
         assert (await client.get_model()).name == "bundled"
     assert sum(len(reply.token_ids) for reply in replies) == 6
     assert replies[-1].finish.usage.completion_tokens == 6
+
+
+def test_a_conversation_makes_a_request_beside_what_else_is_asked() -> None:
+    turns = [("system", "Be brief."), ("user", "What is a page?")]
+    rest = message(max_tokens=9)
+    made = chat_request(turns, thinking=True, request=rest)
+    assert [(turn.role, turn.content) for turn in made.chat.messages] == turns
+    assert made.chat.enable_thinking
+    assert (made.stop, made.mode) == (rest.stop, rest.mode)
+    assert rest.WhichOneof("prompt") == "text", "the caller's message is its own"
 
 
 async def test_streams_share_a_connection(served: Any) -> None:

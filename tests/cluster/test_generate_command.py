@@ -75,7 +75,10 @@ def fields_of(descriptor: Any) -> Iterator[str]:
 def fields_set(message: Any) -> Iterator[str]:
     for field, value in message.ListFields():
         nested = field.message_type and not field.message_type.GetOptions().map_entry
-        yield from fields_set(value) if nested else [field.name]
+        for inner in (value if field.is_repeated else [value]) if nested else ():
+            yield from fields_set(inner)
+        if not nested:
+            yield field.name
 
 
 def invoke(*options: str) -> Any:
@@ -104,13 +107,27 @@ def test_every_field_of_the_message_has_an_option(asked: list[pb.GenerateRequest
     for options, _ in OPTIONS:
         invoke("--prompt", "def", *options.split())
     invoke("--prompt-ids", "1")
+    invoke("--prompt", "def", "--chat", "--thinking")
     known = {name for message in asked for name in fields_set(message)}
-    assert known == set(fields_of(pb.GenerateRequest.DESCRIPTOR)) - {"request_id"}
+    without = {"request_id", "add_generation_prompt"}
+    assert known == set(fields_of(pb.GenerateRequest.DESCRIPTOR)) - without
 
 
 def test_a_prompt_may_be_ids(asked: list[pb.GenerateRequest]) -> None:
     invoke("--prompt-ids", "1,200")
     assert list(asked[0].token_ids.ids) == [1, 200]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_prompt_may_be_a_user_s_turn(
+    asked: list[pb.GenerateRequest], thinking: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt").write_text("How\nso?")
+    more = ["--thinking"] if thinking else []
+    invoke("--prompt-file", f"{tmp_path}/prompt", "--chat", *more)
+    turns = [pb.ChatMessage(role="user", content="How\nso?")]
+    assert asked[0].chat == pb.Chat(messages=turns, enable_thinking=thinking)
+    assert asked[0].WhichOneof("prompt") == "chat"
 
 
 @pytest.mark.parametrize("option", ["--json-schema", "--regex", "--lark"])
@@ -143,6 +160,7 @@ def test_exactly_one_prompt_is_required(prompt: list[str]) -> None:
         ("--regex @nowhere", "'--regex': nowhere cannot be read: No such file or directory"),
         ("--prompt-file nowhere", "'--prompt-file': nowhere cannot be read"),
         ("--logprobs 1", "--logprobs needs --json"),
+        ("--thinking", "--thinking needs --chat"),
     ],
 )
 def test_a_mistake_is_named(asked: list[pb.GenerateRequest], options: str, words: str) -> None:
@@ -150,6 +168,10 @@ def test_a_mistake_is_named(asked: list[pb.GenerateRequest], options: str, words
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
     assert asked == []
+
+
+def test_ids_are_no_user_s_turn() -> None:
+    assert "--chat needs --prompt or --prompt-file" in invoke("--prompt-ids", "1", "--chat").output
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:

@@ -223,6 +223,18 @@ async def test_a_prompt_is_cached_for_its_own_salt_only(served: Any) -> None:
     assert cached[2] > 0
 
 
+async def test_a_chat_is_answered_and_its_thoughts_are_told_apart(served: Any) -> None:
+    chat = pb.Chat(
+        messages=[pb.ChatMessage(role="user", content="def main(")], enable_thinking=True
+    )
+    asked = message(text=None, chat=chat, thinking_budget=6)
+    replies = await replies_of(served, asked)
+    ids = ids_of(replies)
+    _, end = TOKENIZER.thinking_ids or (0, 0)
+    assert TOKENIZER.decode(ids[: ids.index(end)]) == "".join(reply.thinking for reply in replies)
+    assert TOKENIZER.decode(ids[ids.index(end) :]) == text_of(replies)
+
+
 async def test_a_deadline_ends_the_call_and_frees_everything(served: Any) -> None:
     replies = []
     try:
@@ -239,6 +251,11 @@ async def test_a_deadline_ends_the_call_and_frees_everything(served: Any) -> Non
     ("fields", "words"),
     [
         ({"text": None}, "prompt: is required"),
+        ({"text": None, "chat": pb.Chat()}, "chat.messages: must be 1 to 1024, are 0"),
+        (
+            {"text": None, "chat": pb.Chat(messages=[pb.ChatMessage(role="me")])},
+            "chat.messages[0].role: must be one of system, developer, user, assistant, tool",
+        ),
         ({"block_size": 33}, "block_size: at most 32"),
         ({"threshold": 2.0}, "threshold: must be in [0, 1]"),
         ({"sampling": pb.Sampling(temperature=11)}, "temperature: must be in [0, 10]"),

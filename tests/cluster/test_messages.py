@@ -1,12 +1,16 @@
 """Messages become requests or a named mistake; chunks become messages."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.cluster.messages import FINISH_REASONS, Defaults, to_request, to_response
+from trimode.cluster.text_stream import TextPiece
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
@@ -118,7 +122,7 @@ def test_the_last_message_carries_the_account() -> None:
     ranking = Ranking("pool", (), "because")
     request = Request("r", (1,), Mode.SELF_SPECULATION, 8, ranking=ranking)
     finish = Finish(FinishReason.LENGTH, 1, 8, 5, (3, 5), Timings(0.1, 0.2, 0.3))
-    message = to_response(request, Chunk((7, 8), finish), "text")
+    message = to_response(request, Chunk((7, 8), finish), TextPiece("text"))
     assert message.mode == pb.MODE_SELF_SPECULATION
     assert message.finish.reason == pb.FINISH_REASON_LENGTH
     assert (list(message.finish.accepted), message.finish.forwards) == ([3, 5], 5)
@@ -127,7 +131,7 @@ def test_the_last_message_carries_the_account() -> None:
 
 def test_a_message_in_between_has_no_finish() -> None:
     request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8)
-    assert not to_response(request, Chunk((7,)), "t").HasField("finish")
+    assert not to_response(request, Chunk((7,)), TextPiece("t")).HasField("finish")
 
 
 def test_every_finish_reason_has_a_message() -> None:
@@ -183,7 +187,7 @@ def test_logprobs_are_asked_for_and_answered() -> None:
     assert request.num_logprobs == 0
     request = replace(request, mode=Mode.AUTOREGRESSIVE)
     chunk = Chunk((5,), logprobs=(TokenLogprobs(-0.5, ((5, -0.5), (6, -1.5))),))
-    reply = to_response(request, chunk, "")
+    reply = to_response(request, chunk, TextPiece(""))
     assert reply.logprobs[0].logprob == -0.5
     assert [top.token_id for top in reply.logprobs[0].top] == [5, 6]
 
@@ -215,4 +219,68 @@ def test_a_thinking_budget_knows_the_tokens_around_the_thinking(budget: int) -> 
 
 def test_a_message_names_its_sample() -> None:
     request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8, n=3)
-    assert to_response(request, Chunk((7,), index=2), "t").index == 2
+    assert to_response(request, Chunk((7,), index=2), TextPiece("t")).index == 2
+
+
+@pytest.fixture(scope="session")
+def chatting(chat_folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(chat_folder, bos_id=1)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def chat_ids(tokenizer: Tokenizer | None, *turns: Sequence[str], **fields: Any) -> tuple[int, ...]:
+    messages = [pb.ChatMessage(role=role, content=content) for role, content in turns]
+    message = pb.GenerateRequest(chat=pb.Chat(messages=messages, **fields))
+    return to_request(message, tokenizer, DEFAULTS, None).prompt_ids
+
+
+def test_a_chat_becomes_ids_in_the_template_s_form(chatting: Tokenizer) -> None:
+    start, end, thinking = 10, 11, [12, 13]
+    newline = chatting.encode("\n")[1:]
+    system, user, ask = (
+        [start, *chatting.encode(f"{name}\n")[1:]] for name in ("system", "user", "assistant")
+    )
+    content = chatting.encode("def main(")[1:]
+    expected = [*system, end, *newline, *user, *content, end, *newline, *ask, *thinking]
+    assert chat_ids(chatting, ("user", "def main(")) == tuple(expected)
+
+
+def test_unset_a_chat_does_not_think_and_is_to_be_answered(chatting: Tokenizer) -> None:
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "bye")]
+    unset = chat_ids(chatting, *turns)
+    assert unset == chat_ids(chatting, *turns, enable_thinking=False, add_generation_prompt=True)
+    assert chat_ids(chatting, *turns, enable_thinking=True)[-2] == 12
+    closed = chat_ids(chatting, *turns, add_generation_prompt=False)
+    assert unset[: len(closed)] == closed
+    assert closed[-2] == 11
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([], "chat.messages: must be 1 to 1024, are 0"),
+        ([("user", "hi"), ("user", "hi"), ("me", "hi")], "chat.messages[2].role: must be one of"),
+        ([("tool", "42")], "chat: the model's chat template refuses this conversation: no turn of"),
+        ([("user", "x " * 2000)], "prompt: 2019 tokens leave no room"),
+    ],
+)
+def test_a_chat_s_mistake_is_named(
+    chatting: Tokenizer, turns: list[tuple[str, str]], words: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat_ids(chatting, *turns)
+    assert str(caught.value).startswith(words)
+
+
+def test_a_chat_needs_a_tokenizer_and_a_template() -> None:
+    with pytest.raises(InvalidRequest, match="chat: the model has no tokenizer"):
+        chat_ids(None, ("user", "hi"))
+    with pytest.raises(InvalidRequest, match="chat: the model has no chat template"):
+        chat_ids(Tokenizer.load(BUNDLED_CHECKPOINT, bos_id=1), ("user", "hi"))
+
+
+def test_what_was_thought_has_a_field_of_its_own() -> None:
+    request = Request("r", (1,), Mode.AUTOREGRESSIVE, 8)
+    message = to_response(request, Chunk((7,)), TextPiece("answer", "thought"))
+    assert (message.text, message.thinking) == ("answer", "thought")

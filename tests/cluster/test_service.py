@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from trimode.cluster.client import CallFailed, Client
+from trimode.cluster.client import CallFailed, Client, chat_request
 from trimode.proto import inference_pb2 as pb
 
 BIN = Path(sys.executable).parent
@@ -118,6 +118,14 @@ def test_greedy_speculation_and_ar_give_the_same_tokens_on_different_replicas(
         speculative = list(client.generate(message(mode=pb.MODE_SELF_SPECULATION)))
     assert (plain[-1].finish.pool, speculative[-1].finish.pool) == ("autoregressive", "speculation")
     assert token_ids(plain) == token_ids(speculative)
+
+
+def test_a_model_without_a_chat_template_says_so_and_refuses_chats(cluster: Cluster) -> None:
+    with cluster.client() as client:
+        model = client.get_model()
+        assert model.has_tokenizer and not model.has_chat_template
+        with pytest.raises(CallFailed, match="INVALID_ARGUMENT: chat: the model has no chat tem"):
+            list(client.generate(chat_request([("user", "hi")])))
 
 
 def test_auto_spills_to_the_ar_pool_above_the_configured_concurrency(cluster: Cluster) -> None:

@@ -1,10 +1,11 @@
 """The text that clients read ends before the first stop string, however its tokens arrive."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
-from trimode.cluster.text_stream import RequestText, StopFilter
+from trimode.cluster.text_stream import RequestText, StopFilter, TextPiece
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.stop_strings import StopScanner
@@ -47,7 +48,8 @@ def pieces_of(text: str, sizes: list[int]) -> list[str]:
 
 
 def request(**fields: object) -> Request:
-    return Request("r", (1,), Mode.AUTOREGRESSIVE, 4096, **fields)  # type: ignore[arg-type]
+    prompt_ids = fields.pop("prompt_ids", (1,))
+    return Request("r", prompt_ids, Mode.AUTOREGRESSIVE, 4096, **fields)  # type: ignore[arg-type]
 
 
 def finish(reason: FinishReason) -> Finish:
@@ -99,34 +101,88 @@ def test_where_the_engine_stops_the_text_ends(
             break
     output, at, shown = RequestText(TOKENIZER, request(stop_strings=stop_strings)), 0, ""
     for size in sizes:
-        shown += output.push(Chunk(tuple(ids[at : at + size])))
+        shown += output.push(Chunk(tuple(ids[at : at + size]))).text
         at += size
-    shown += output.push(Chunk(tuple(ids[at:]) or (2,), finish(reason)))
+    shown += output.push(Chunk(tuple(ids[at:]) or (2,), finish(reason))).text
     assert shown == up_to_first_stop(text, stop_strings)
 
 
 def test_held_text_is_given_at_any_other_end() -> None:
     for reason in set(FinishReason) - {FinishReason.STOP}:
         output = RequestText(TOKENIZER, request(stop_strings=("close it",)))
-        assert output.push(Chunk(tuple(TOKENIZER.encode("I close")[1:]))) == "I "
-        assert output.push(Chunk((), finish(reason))) == "close"
+        assert output.push(Chunk(tuple(TOKENIZER.encode("I close")[1:]))).text == "I "
+        assert output.push(Chunk((), finish(reason))).text == "close"
 
 
 def test_each_sample_has_a_text_of_its_own() -> None:
     output = RequestText(TOKENIZER, request(n=2, stop_strings=("lose it",)))
     close, it = TOKENIZER.encode("close")[1:], TOKENIZER.encode(" it")[1:]
-    assert output.push(Chunk(tuple(close), index=0)) == "c"
-    assert output.push(Chunk(tuple(it), index=1)) == " it"
-    assert output.push(Chunk((), finish(FinishReason.LENGTH), index=1)) == ""
-    assert output.push(Chunk(tuple(it), finish(FinishReason.STOP), index=0)) == ""
+    assert output.push(Chunk(tuple(close), index=0)).text == "c"
+    assert output.push(Chunk(tuple(it), index=1)).text == " it"
+    assert output.push(Chunk((), finish(FinishReason.LENGTH), index=1)).text == ""
+    assert output.push(Chunk(tuple(it), finish(FinishReason.STOP), index=0)).text == ""
 
 
 def test_a_stop_id_has_no_text() -> None:
     last = TOKENIZER.encode("def")[-1]
     output = RequestText(TOKENIZER, request(stop_ids=(last,)))
     ids = tuple(TOKENIZER.encode("class")[1:])
-    assert output.push(Chunk((*ids, last), finish(FinishReason.STOP))) == "class"
+    assert output.push(Chunk((*ids, last), finish(FinishReason.STOP))).text == "class"
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    assert RequestText(None, request()).push(Chunk((300,), finish(FinishReason.LENGTH))) == ""
+    assert RequestText(None, request()).push(
+        Chunk((300,), finish(FinishReason.LENGTH))
+    ) == TextPiece("")
+
+
+THINK, END_THINK = TOKENIZER.thinking_ids or (0, 0)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER.encode(text)[1:])
+
+
+def read(output: RequestText, *chunks: tuple[int, ...]) -> TextPiece:
+    """What the chunks of one sample add, and an empty last one."""
+    pieces = [output.push(Chunk(chunk)) for chunk in chunks]
+    pieces.append(output.push(Chunk((), finish(FinishReason.LENGTH))))
+    return TextPiece("".join(p.text for p in pieces), "".join(p.thinking for p in pieces))
+
+
+OUTPUT = (*ids("I close it. "), END_THINK, *ids("It is closed."))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_what_a_chat_thinks_is_told_apart(size: int) -> None:
+    output = RequestText(TOKENIZER, request(prompt_ids=(10, THINK)), is_chat=True)
+    chunks = [OUTPUT[at : at + size] for at in range(0, len(OUTPUT), size)]
+    assert read(output, *chunks) == TextPiece("It is closed.", "I close it. ")
+
+
+@pytest.mark.parametrize("prompt_ids", [(10,), (10, THINK, END_THINK), (THINK, END_THINK, 10)])
+def test_a_chat_that_does_not_think_answers_at_once(prompt_ids: tuple[int, ...]) -> None:
+    output = RequestText(TOKENIZER, request(prompt_ids=prompt_ids), is_chat=True)
+    assert read(output, OUTPUT) == TextPiece("I close it. It is closed.")
+
+
+def test_a_chat_may_begin_to_think_by_itself() -> None:
+    output = RequestText(TOKENIZER, request(prompt_ids=(10,)), is_chat=True)
+    assert read(output, (THINK, *OUTPUT)) == TextPiece("It is closed.", "I close it. ")
+
+
+def test_what_is_no_chat_has_one_text() -> None:
+    output = RequestText(TOKENIZER, request(prompt_ids=(10, THINK)))
+    assert read(output, OUTPUT) == TextPiece("I close it. It is closed.")
+
+
+def test_what_is_held_back_is_told_apart_when_it_is_given() -> None:
+    asked = request(prompt_ids=(10, THINK), stop_strings=("it. It isn't",))
+    output = RequestText(TOKENIZER, asked, is_chat=True)
+    assert read(output, OUTPUT) == TextPiece("It is closed.", "I close it. ")
+
+
+def test_a_stop_string_ends_thinking_too() -> None:
+    asked = request(prompt_ids=(10, THINK), stop_strings=("se it",))
+    output = RequestText(TOKENIZER, asked, is_chat=True)
+    assert output.push(Chunk(OUTPUT[:-1], finish(FinishReason.STOP))) == TextPiece("", "I clo")
