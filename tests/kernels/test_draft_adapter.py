@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from trimode.kernels.draft_adapter import (
+    BLOCK_ROWS,
     SPLIT_LEN,
     DraftRows,
     add_draft_adapter_reference,
@@ -101,6 +103,30 @@ def test_the_kernel_is_near_the_reference(
 def test_nothing_changes_where_nobody_drafts(device: str) -> None:
     case = build(40, 64, 48, 4, device=device, share=0.0)
     assert torch.equal(case.run(), case.out)
+
+
+def test_blocks_of_rows_that_do_not_draft_are_left_at_once(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != "cpu":
+        pytest.skip("products are counted by the interpreter")
+    multiply, num_products = InterpreterBuilder.create_dot, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal num_products
+        num_products += 1
+        return multiply(*args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    case = build(2 * BLOCK_ROWS + 5, 64, 48, 4, share=1.0)
+    case.run(slice(0, 1))
+    num_of_one_block = num_products
+    case.mask[:] = False
+    case.run()
+    assert num_products == num_of_one_block
+    case.mask[BLOCK_ROWS + 3] = True
+    case.run()
+    assert num_products == 2 * num_of_one_block > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

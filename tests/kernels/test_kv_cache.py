@@ -71,7 +71,7 @@ def test_a_second_write_replaces_the_first() -> None:
     assert (cache.values[0, 2] == 5).all()
 
 
-@pytest.mark.parametrize("slots", [[-1, 7, -1, 4], [7, -1, 4, -1], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("slots", [[-1, 0, -1, 4], [7, -1, 0, -1], [-1, -1, -1, -1]])
 def test_padding_is_kept_nowhere(slots: list[int], device: str) -> None:
     cache = small_cache(device=device)
     key, value = (torch.randn(4, 2, 4, device=device) for _ in "kv")
