@@ -28,7 +28,7 @@ class EngineConfig:
     batch_invariant: bool = False
     # Of a GPU only.
     memory_utilization: float = 0.9  # share of the memory that a replica plans with
-    cuda_graphs: bool = True  # replay captured passes of decode size
+    cuda_graphs: bool = True  # replay captured passes, where they have few rows
     graph_memory_mib: int = 1024  # that captured passes may take
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ class RankRunner:
         config: EngineConfig,
         capture: Capture | None = None,
     ) -> None:
-        """capture: how passes of decode size are captured; None: none is."""
+        """capture: how smaller passes are captured; None: none is."""
         model.pack()
         self._model = model
         self._page_size = config.page_size

@@ -39,8 +39,8 @@ def settle(model: NemotronLabsDiffusionModel, config: EngineConfig) -> EngineCon
 def start_rank(
     model: NemotronLabsDiffusionModel, config: EngineConfig, progress: Progress | None = None
 ) -> tuple[RankRunner, GraphKeys | None]:
-    """A runner of a settled config whose passes of decode size are captured where the device can,
-    and their sizes.
+    """A runner of a settled config, whose smaller passes are captured where the device can, and
+    their sizes.
     """
     device = model.diffusion_head.weight.device
     # In float64 references run, which wait for the device.

@@ -15,19 +15,20 @@ def test_a_pass_gets_the_smallest_size_that_holds_it() -> None:
     assert sizes.find(32, 1, drafts=True) == GraphKey(32, 1, True)
     assert sizes.find(3 * 32, 3, drafts=True) == GraphKey(96, 4, True)
     assert sizes.find(100, 100, drafts=False) == GraphKey(128, 128, False)
-    assert sizes.find(5, 3, drafts=False) == GraphKey(8, 4, False)
+    assert sizes.find(17, 17, drafts=False) == GraphKey(32, 64, False)
+    assert sizes.find(300, 2, drafts=False) == GraphKey(384, 4, False)
 
 
-def test_a_prefill_and_a_wide_pass_have_no_size() -> None:
+def test_a_wide_pass_has_no_size() -> None:
     sizes = GraphKeys.of(128, 32, 2048, has_adapter=True)
-    assert sizes.find(64, 1, drafts=False) is None
-    assert sizes.find(MAX_GRAPH_TOKENS + 1, 128, drafts=False) is None
+    assert sizes.find(MAX_GRAPH_TOKENS + 1, 1, drafts=False) is None
+    assert sizes.find(129, 129, drafts=False) is None
 
 
-def test_an_autoregressive_engine_has_one_size_a_number_of_sequences() -> None:
-    sizes = GraphKeys.of(48, 1, 2048, has_adapter=True)
-    wanted = [GraphKey(size, size, False) for size in (48, 32, 16, 8, 4, 2, 1)]
-    assert sizes.all() == wanted
+def test_an_engine_that_never_drafts_has_no_size_with_an_adapter() -> None:
+    for sizes in (GraphKeys.of(48, 1, 2048, True), GraphKeys.of(48, 32, 2048, False)):
+        assert not any(key.drafts for key in sizes.all())
+        assert sizes.find(4, 2, drafts=True) == GraphKey(4, 4, False)
 
 
 @given(keys, st.data())
@@ -35,9 +36,8 @@ def test_whatever_is_found_is_captured_and_large_enough(
     sizes: GraphKeys, data: st.DataObject
 ) -> None:
     num_sequences = data.draw(st.integers(1, sizes.sequence_buckets[-1] + 1))
-    rows = st.integers(1, sizes.max_block_size)
-    num_tokens = sum(data.draw(st.lists(rows, min_size=num_sequences, max_size=num_sequences)))
-    key = sizes.find(num_tokens, num_sequences, data.draw(st.booleans()))
+    num_tokens = num_sequences + data.draw(st.integers(0, sizes.token_buckets[-1]))
+    key = sizes.find(num_tokens, num_sequences, num_tokens > 1 and data.draw(st.booleans()))
     if key is None:
         assert num_tokens > sizes.token_buckets[-1] or num_sequences > sizes.sequence_buckets[-1]
     else:
@@ -51,4 +51,4 @@ def test_captures_go_from_large_to_small_and_are_few(sizes: GraphKeys) -> None:
     assert [key.num_tokens for key in captured] == sorted(
         (key.num_tokens for key in captured), reverse=True
     )
-    assert len(captured) == len(set(captured)) <= 200
+    assert len(captured) == len(set(captured)) <= 130

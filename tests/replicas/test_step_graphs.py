@@ -46,7 +46,7 @@ class Rerun:
 
 @pytest.fixture(scope="module")
 def make_engine(tiny_model: Any, small_engine: Any) -> Callable[..., tuple[Engine, Rerun]]:
-    """make_engine(**settings): an engine of the tiny model that replays passes of decode size."""
+    """make_engine(**settings): an engine of the tiny model that replays its passes."""
 
     def make(max_graph_sequences: int = 4, **own: Any) -> tuple[Engine, Rerun]:
         config: EngineConfig = small_engine(**({"max_sequences": 4, "max_block_size": 4} | own))
