@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
+from trimode.cluster.loading_bars import loading_bars
 from trimode.cluster.messages import Defaults, is_chat, to_request, to_response
 from trimode.cluster.text_stream import RequestText
 from trimode.cluster.tokenizer import Tokenizer
@@ -78,16 +76,14 @@ class LocalModel:
             max_waiting=num_samples,
             max_block_size=config.block_size,
         )
-        columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
-        console = Console(stderr=True, quiet=quiet)
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(self._folder.resolve().name)
+        with loading_bars(self._folder.resolve().name, quiet=quiet) as bars:
             self._engine = build_engine(
                 self._folder,
                 engine_config,
                 dtype=dtype,
                 adapter=adapter,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=bars.on_load,
+                on_capture=bars.on_capture,
             )
 
     def generate(self, message: pb.GenerateRequest) -> Generator[pb.GenerateResponse]:

@@ -32,6 +32,7 @@ def build_engine(
     governed: bool = False,
     profile: Path | None = None,
     progress: Progress | None = None,
+    on_capture: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
     """An engine over a checkpoint's runner, ready to step; dtype as for build_runner.
@@ -41,7 +42,9 @@ def build_engine(
     checkpoint's where that carries one.
     Raises CheckpointError and ConfigError.
     """
-    runner = build_runner(folder, config, dtype=dtype, adapter=adapter, progress=progress)
+    runner = build_runner(
+        folder, config, dtype=dtype, adapter=adapter, progress=progress, on_capture=on_capture
+    )
     config = runner.config
     governor = None
     if governed and config.max_block_size > 1:
@@ -58,11 +61,13 @@ def build_runner(
     dtype: str = "auto",
     adapter: bool = True,
     progress: Progress | None = None,
+    on_capture: Progress | None = None,
 ) -> TorchModelRunner:
     """Load a checkpoint onto the GPU where there is one, else the CPU. What the config leaves open
     is settled in the runner's own.
 
-    dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
+    progress is told bytes of weights, on_capture sizes of pass that a GPU captures. dtype
+    'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
     Raises CheckpointError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +75,7 @@ def build_runner(
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
     config = settle(model, config)
-    rank, graph_keys = start_rank(model, config)
+    rank, graph_keys = start_rank(model, config, on_capture)
     return TorchModelRunner(model, config, rank, graph_keys)
 
 
