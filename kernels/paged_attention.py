@@ -65,14 +65,14 @@ def _lanes(
     # Later rows see more: the longest programs start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = tl.load(tiles_ptr + tile * 3).to(tl.int64)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    end = tl.load(tiles_ptr + tile * 3 + 2)
+    first = tl.load(tiles_ptr + tile * 3 + 1).to(tl.int32)
+    end = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int32)
     parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     lane = tl.arange(0, BLOCK_M)
     row = first + lane // HEADS
     member = tl.program_id(1) % parts * HEADS + lane % HEADS
     inside = (row < end) & (member < GROUP)
-    visible = tl.load(visible_ptr + row, mask=inside, other=0)
+    visible = tl.load(visible_ptr + row, mask=inside, other=0).to(tl.int32)
     head = tl.program_id(1) // parts * GROUP + member
     return sequence, row.to(tl.int64), head, inside, visible
 
