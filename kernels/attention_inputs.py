@@ -99,16 +99,9 @@ class AttentionInputs:
     def seeing(self, visible: Tensor) -> "AttentionInputs":
         """The same pass where rows see so many entries, which the page table must reach."""
         return AttentionInputs(
-            visible, self.page_table, self.tiles, self.page_size, self.tile_len,
-            self.batch_invariant,
+            visible.to(self.visible.dtype), self.page_table, self.tiles, self.page_size,
+            self.tile_len, self.batch_invariant,
         )  # fmt: skip
-
-    def copy_from(self, other: "AttentionInputs") -> None:
-        """Take over another pass's tensors, of the same shapes: these stay where a graph reads."""
-        self.visible.copy_(other.visible, non_blocking=True)
-        self.page_table.copy_(other.page_table, non_blocking=True)
-        self.tiles.copy_(other.tiles, non_blocking=True)
-        self._reference.clear()
 
     def reference_tiles(self) -> list[Tiles]:
         """How the reference cuts the pass. The first layer of a pass finds out; on a GPU it waits
