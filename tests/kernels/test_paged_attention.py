@@ -196,6 +196,14 @@ def test_splits_of_the_context_add_up(
     assert (got[-2:] == 0).all()
 
 
+def test_splits_of_very_different_scores_add_up(
+    device: str, assert_near: Callable[..., None]
+) -> None:
+    case = build([(1, 200, CAUSAL), (3, 190, BLOCK)], dtype=torch.float32)
+    case.query.mul_(1e4)
+    assert_near("attention", kernel(device, case, 3), naive(case), 1e-4)
+
+
 def test_slots_that_nobody_wrote_never_leak(attend: Attend) -> None:
     sequences = [(1, 2, CAUSAL), (3, 50, CAUSAL), (7, 9, BLOCK)]
     case = build(sequences, page_size=16, dtype=torch.float32)
