@@ -82,15 +82,15 @@ class AttentionInputs:
         num_tokens = len(visible) if num_tokens is None else num_tokens
         num_sequences = len(page_table) if num_sequences is None else num_sequences
         size = tile_len(num_tokens, num_sequences, batch_invariant)
-        tiles = _cut(query_start, num_tokens, size)
+        cuts = _cut(query_start, num_tokens, size)
+        num_tiles = len(cuts)
         if is_padded:
-            most = max_num_tiles(num_tokens, num_sequences, batch_invariant)
-            tiles = np.concatenate((tiles, np.zeros((most - len(tiles), 3), dtype=np.int32)))
+            num_tiles = max_num_tiles(num_tokens, num_sequences, batch_invariant)
         pages = page_table.shape[1] if num_pages is None else num_pages
         return cls(
             visible=_filled(visible, tensor, num_tokens),
             page_table=_filled(page_table, tensor, num_sequences, pages),
-            tiles=tensor(tiles),
+            tiles=_filled(cuts, tensor, num_tiles, 3),
             page_size=page_size,
             tile_len=size,
             batch_invariant=batch_invariant,
@@ -99,16 +99,9 @@ class AttentionInputs:
     def seeing(self, visible: Tensor) -> "AttentionInputs":
         """The same pass where rows see so many entries, which the page table must reach."""
         return AttentionInputs(
-            visible, self.page_table, self.tiles, self.page_size, self.tile_len,
-            self.batch_invariant,
+            visible.to(self.visible.dtype), self.page_table, self.tiles, self.page_size,
+            self.tile_len, self.batch_invariant,
         )  # fmt: skip
-
-    def copy_from(self, other: "AttentionInputs") -> None:
-        """Take over another pass's tensors, of the same shapes: these stay where a graph reads."""
-        self.visible.copy_(other.visible, non_blocking=True)
-        self.page_table.copy_(other.page_table, non_blocking=True)
-        self.tiles.copy_(other.tiles, non_blocking=True)
-        self._reference.clear()
 
     def reference_tiles(self) -> list[Tiles]:
         """How the reference cuts the pass. The first layer of a pass finds out; on a GPU it waits
@@ -145,11 +138,15 @@ def _cut(query_start: np.ndarray, num_tokens: int, size: int) -> np.ndarray:
     num_sequences = len(query_start) - 1
     if query_start[-1] < num_tokens:
         query_start = np.append(query_start, num_tokens)
-    lens = np.diff(query_start)
-    tiles_of = -(-lens // size)
-    owner = np.repeat(np.arange(len(lens)), tiles_of)
-    index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
-    first = query_start[owner] + index * size
-    end = np.minimum(first + size, query_start[owner + 1])
+    first, end = query_start[:-1], query_start[1:]
+    lens = end - first
+    owner = np.arange(len(lens))
+    if lens.max(initial=0) > size:
+        tiles_of = -(-lens // size)
+        owner = np.repeat(owner, tiles_of)
+        index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
+        first = first[owner] + index * size
+        end = np.minimum(first + size, end[owner])
     # The sequence of padding rows does not matter, but it must be in the page table.
-    return np.stack((owner * (owner < num_sequences), first, end), axis=1).astype(np.int32)
+    owner[owner == num_sequences] = 0
+    return np.stack((owner, first, end), axis=1)

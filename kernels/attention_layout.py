@@ -56,12 +56,13 @@ class Layout:
         _, num_heads, head_dim = query.shape
         group = num_heads // num_kv_heads
         slot_bytes = padded(head_dim) * query.itemsize
-        max_block_m = min(MAX_BLOCK_M, MAX_QUERY_BYTES // slot_bytes)
-        if query.dtype == torch.float32:
-            max_block_m //= 2  # without tensor cores, products take more registers
+        has_tensor_cores = query.itemsize == 2
+        # Without them, products take more registers.
+        max_block_m = min(MAX_BLOCK_M, MAX_QUERY_BYTES // slot_bytes) if has_tensor_cores else 32
+        block_bytes = BLOCK_BYTES if has_tensor_cores else BLOCK_BYTES // 2
         heads = max(1, min(1 << (group - 1).bit_length(), max_block_m // inputs.tile_len))
         block_m = max(16, inputs.tile_len * heads)
-        block_n = min(MAX_BLOCK_N, max(16, BLOCK_BYTES // slot_bytes))
+        block_n = min(MAX_BLOCK_N, max(16, block_bytes // slot_bytes))
         if block_m >= 64 and not device.has_wide_products:
             block_n = min(block_n, 32)
         # A split's sums are written and read once more in float32: at most half of what its KV is.
@@ -74,8 +75,11 @@ class Layout:
                 device.num_multiprocessors * (2 if block_m <= 32 else 1),
                 triton.cdiv(inputs.page_table.shape[1] * inputs.page_size, min_split_len),
             )
-        num_warps = 8 if block_m >= 128 else 4
-        return cls(heads, block_m, block_n, min_split_len, num_splits, num_warps, NUM_STAGES)
+        return cls(
+            heads, block_m, block_n, min_split_len, num_splits,
+            num_warps=8 if block_m >= (128 if has_tensor_cores else 32) else 4,
+            num_stages=NUM_STAGES if has_tensor_cores else 2,
+        )  # fmt: skip
 
 
 def choose_num_splits(num_programs: int, num_places: int, most: int) -> int:

@@ -69,18 +69,22 @@ def build_tiles(
     """Single-row tiles apart from longer ones, so that decode rows are not padded. Rows that see
     nothing are in none.
     """
-    sequence, first, end = cuts[(cuts[:, 1] < cuts[:, 2]) & (visible[cuts[:, 1]] > 0)].T
-    if len(sequence) == 0:
+    cuts = cuts[(cuts[:, 1] < cuts[:, 2]) & (visible[cuts[:, 1]] > 0)]
+    if len(cuts) == 0:
         return []
-    # The cuts of a sequence are put together again: other sizes are right here.
-    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-    owner, first = sequence[starts], first[starts]
-    end = end[np.append(starts[1:], len(sequence)) - 1]
+    owner, first, end = cuts.T
+    is_other = owner[1:] != owner[:-1]
+    if not is_other.all():
+        # The cuts of a sequence are put together again: other sizes are right here.
+        owner, first = cuts[np.append(True, is_other), :2].T
+        end = end[np.append(is_other, True)]
     is_single = end - first == 1
+    num_single = np.count_nonzero(is_single)
+    if num_single in (0, len(first)):
+        return [_tiles(owner, first, end, visible, page_table, page_size, device)]
     return [
         _tiles(owner[members], first[members], end[members], visible, page_table, page_size, device)
         for members in (is_single, ~is_single)
-        if members.any()
     ]
 
 

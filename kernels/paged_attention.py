@@ -24,7 +24,7 @@ from trimode.kernels.dispatch import by_device
 from trimode.kernels.kv_cache import KVCache
 
 # What changes from pass to pass must not compile a kernel anew.
-SIZES = ("num_tokens", "num_pages", "num_splits")
+SIZES = ("num_tokens", "table_stride", "num_splits")
 LISTS = ("visible_ptr", "page_table_ptr", "tiles_ptr")
 
 # Lower than any score and finite, so that the difference of two of them is not NaN.
@@ -65,14 +65,14 @@ def _lanes(
     # Later rows see more: the longest programs start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = tl.load(tiles_ptr + tile * 3).to(tl.int64)
-    first = tl.load(tiles_ptr + tile * 3 + 1)
-    end = tl.load(tiles_ptr + tile * 3 + 2)
+    first = tl.load(tiles_ptr + tile * 3 + 1).to(tl.int32)
+    end = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int32)
     parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     lane = tl.arange(0, BLOCK_M)
     row = first + lane // HEADS
     member = tl.program_id(1) % parts * HEADS + lane % HEADS
     inside = (row < end) & (member < GROUP)
-    visible = tl.load(visible_ptr + row, mask=inside, other=0)
+    visible = tl.load(visible_ptr + row, mask=inside, other=0).to(tl.int32)
     head = tl.program_id(1) // parts * GROUP + member
     return sequence, row.to(tl.int64), head, inside, visible
 
@@ -136,7 +136,7 @@ def _attention_kernel(
     mixed_ptr,  # [num_splits, num_tokens, num_heads, head_dim] float32, where IS_SPLIT
     weights_ptr,  # [num_splits, num_tokens, num_heads, 2] float32: peak and total, where IS_SPLIT
     visible_ptr, page_table_ptr, tiles_ptr,
-    num_tokens, num_pages, query_stride, scale,
+    num_tokens, table_stride, query_stride, scale,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     page_size: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr,
@@ -163,7 +163,7 @@ def _attention_kernel(
     query = tl.load(query_ptr + row[:, None] * query_stride + columns, mask=mask, other=0.0)
     kv_head = tl.program_id(1) // ((GROUP + HEADS - 1) // HEADS)
     keys_ptr = entries_ptr + kv_head * head_dim
-    table_ptr = page_table_ptr + sequence * num_pages
+    table_ptr = page_table_ptr + sequence * table_stride
     mixed = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
@@ -268,7 +268,7 @@ def launch_attention(
     num_tiles = len(inputs.tiles)
     _attention_kernel[(num_tiles, num_parts, layout.num_splits)](
         query, entries, out, mixed, weights, inputs.visible, inputs.page_table, inputs.tiles,
-        num_tokens, inputs.page_table.shape[1], query.stride(0), log2(e) / head_dim**0.5,
+        num_tokens, inputs.page_table.stride(0), query.stride(0), log2(e) / head_dim**0.5,
         page_size=inputs.page_size, BLOCK_N=layout.block_n, IS_SPLIT=layout.num_splits > 1,
         num_stages=layout.num_stages, **shapes,
     )  # fmt: skip

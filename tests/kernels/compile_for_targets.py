@@ -2,7 +2,8 @@
 
 A process of its own, as the tests' kernels are bound to Triton's interpreter. A case is
 {"kernel": "module:function", "signature": {argument: "*bf16" | "i32" | "fp32" | ...},
- "constexprs": {argument: value}, "options": {"num_warps": 4, ...}}.
+ "constexprs": {argument: value}, "options": {"num_warps": 4, ...}, "targets": [80, ...]}, the last
+two optional.
 """
 
 import importlib
@@ -68,5 +69,9 @@ def assemble(ptx: str, capability: int) -> str:
 
 
 if __name__ == "__main__":
-    found = [find(case, target) for case in json.load(sys.stdin) for target in TARGETS]
+    found = [
+        find(case, target)
+        for case in json.load(sys.stdin)
+        for target in case.get("targets", TARGETS)
+    ]
     json.dump(found, sys.stdout)

@@ -156,12 +156,12 @@ class _Recorder:
 def compile_launches(
     compile_for_targets: Callable[[list[Case]], list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[str, Callable[[], None]], list[dict[str, Any]]]:
-    """compile_launches(module, launch): what the kernels of a module that launch() launches become
-    on each target. Nothing runs: its tensors may be on the meta device.
+) -> Callable[..., list[dict[str, Any]]]:
+    """compile_launches(module, launch, **case): what the kernels of a module that launch() launches
+    become on each target. Nothing runs: its tensors may be on the meta device. case: more of it.
     """
 
-    def run(module_name: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
+    def run(module_name: str, launch: Callable[[], None], **own: Any) -> list[dict[str, Any]]:
         module = importlib.import_module(module_name)
         cases: list[Case] = []
         with monkeypatch.context() as patch:
@@ -170,6 +170,6 @@ def compile_launches(
                     patch.setattr(module, name, _Recorder(f"{module_name}:{name}", kernel, cases))
             launch()
         assert cases
-        return compile_for_targets(cases)
+        return compile_for_targets([case | own for case in cases])
 
     return run

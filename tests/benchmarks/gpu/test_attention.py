@@ -1,0 +1,27 @@
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).with_name("attention.py")
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location("trimode_benchmark_attention", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_shape_is_checked_and_timed_beside_others(attention: ModuleType) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = attention.run(device, attention.TINY)
+    assert [row["kind"] for row in found["rows"]] == ["decode", "block", "prompt"]
+    for row in found["rows"]:
+        assert min(row["us"], row["gb_per_s"], row["tflop_per_s"]) > 0
+        assert row["error"] < 0.01
+        assert isinstance(row["others_us"].popitem()[1], float)
