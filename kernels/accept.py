@@ -42,9 +42,7 @@ def accept_reference(
     """(num_accepted, the last answer that is kept: each sequence's next known token), both
     [num_sequences], like counts and like answers.
     """
-    kept = num_accepted_reference(
-        token_ids, answers, first_rows, first_answers, counts, max_count
-    )
+    kept = num_accepted_reference(token_ids, answers, first_rows, first_answers, counts, max_count)
     return kept, answers[first_answers + kept - 1]
 
 
