@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trimode.kernels.places import places_of
+
 CHUNK = 4096
 
 
@@ -44,12 +46,6 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
     if len(edits.forced_rows):
         logits[edits.forced_rows] = -torch.inf
         logits[edits.forced_rows, edits.forced_ids] = 0.0
-
-
-def places_of(rows: Tensor, num_rows: int) -> Tensor:
-    """[num_rows] int32: where each row stands in `rows`, -1 where it does not."""
-    places = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
-    return places.scatter_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
 
 
 @dataclass(frozen=True, slots=True)

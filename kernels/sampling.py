@@ -13,14 +13,9 @@ from torch import Tensor
 
 from trimode.kernels.choice import Asked, Draws, choose_in_part, join_parts
 from trimode.kernels.dispatch import by_device
-from trimode.kernels.logit_edits import (
-    EditedRows,
-    LogitEdits,
-    apply_edits,
-    edited_rows,
-    places_of,
-)
+from trimode.kernels.logit_edits import EditedRows, LogitEdits, apply_edits, edited_rows
 from trimode.kernels.noise import gumbel
+from trimode.kernels.places import places_of
 from trimode.kernels.truncation import truncate, truncation_floors_triton
 from trimode.kernels.vocabulary import VocabularyShard
 

@@ -120,8 +120,9 @@ def _edits(
         np.concatenate(part) for part in zip(*edits.masked, strict=True)
     )
     masked_rows: Array = masked[0] if masked else np.empty(0, dtype=np.int64)
+    rows: Array = np.unique(np.concatenate((penalised[0], added[0], forced[:, 0], masked_rows)))
     return LogitEdits(
-        np.unique(np.concatenate((penalised[0], added[0], forced[:, 0], masked_rows))),
+        rows,
         *penalised,
         *added,
         forced_rows=forced[:, 0],

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from trimode.kernels import choice
 from trimode.kernels.choice import Asked, Chosen, Draws, choose_in_part, join_parts
-from trimode.kernels.logit_edits import EditedRows, places_of
+from trimode.kernels.logit_edits import EditedRows
 from trimode.kernels.noise import gumbel_reference
+from trimode.kernels.places import places_of
 
 MASK = 3
+VOCAB_SIZE = 131072  # of the real models
 RATIO = 2e-6  # of confidences and log-probabilities: exponentials and sums of float32
 MARGIN = 1e-5  # of scores: nearer ones may be ordered by the rounding of the noise
 NOTHING_ASKED = Asked(None, None, None, None, None, None, 0, None, 0)
@@ -197,41 +199,19 @@ def test_a_row_of_nan_answers_with_an_id(device: str) -> None:
 
 
 def test_they_compile_for_every_target_without_a_spill(
-    compile_for_targets: Callable[..., list[dict[str, Any]]],
+    compile_launches: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    places = ("edited", "draw", "confident", "logprob", "candidate")
-    shared = {f"{name}_places_ptr": "*i32" for name in places} | {
-        "confidence_temperatures_ptr": "*fp32", "found_ptr": "*fp32",
-    }  # fmt: skip
-    signature = {
-        "row_stride": "i32", "edited_ptr": "*fp32", "edited_stride": "i32", "size": "i32",
-        "start": "i32", "banned_column": "i32", "temperatures_ptr": "*fp32", "seeds_ptr": "*i64",
-        "positions_ptr": "*i64", "samples_ptr": "*i64", "floors_ptr": "*fp32",
-        "scores_ptr": "*fp32", "scores_stride": "i32",
-    } | shared  # fmt: skip
-    flags = ("EDITED", "DRAWS", "SAMPLES", "FLOORS", "CONFIDENT", "LOGPROBS", "CANDIDATES")
-    cases = [
-        {
-            "kernel": "trimode.kernels.choice:_chunk_kernel",
-            "signature": {"logits_ptr": kind} | signature,
-            "constexprs": dict.fromkeys([f"HAS_{flag}" for flag in flags], has_all)
-            | {"CHUNK": choice.CHUNK},
-            "options": {"num_warps": 8},
-        }
-        for kind, has_all in (("*bf16", False), ("*bf16", True), ("*fp32", True))
-    ]
-    of_drawing = ("edited_places_ptr", "draw_places_ptr", "candidate_places_ptr")
-    join_signature = {
-        "num_chunks": "i32", "num_lanes": "i32", "last_id": "i32", "token_ids_ptr": "*i64",
-        "confidences_ptr": "*fp32", "logprobs_ptr": "*fp32", "normalisers_ptr": "*fp32",
-    } | {name: kind for name, kind in shared.items() if name not in of_drawing}  # fmt: skip
-    join_flags = {"NUM_FIELDS": 8, "HAS_CONFIDENT": True, "HAS_LOGPROBS": True, "LANES": 32}
-    join = {
-        "kernel": "trimode.kernels.choice:_join_kernel",
-        "signature": join_signature,
-        "constexprs": join_flags,
-        "options": {"num_warps": 1},
-    }
-    for found in compile_for_targets([*cases, join]):
+    def launch() -> None:
+        places = torch.empty(8, dtype=torch.int32, device="meta")
+        edited = EditedRows(torch.empty(2, VOCAB_SIZE, device="meta"), places)
+        asked = replace(all_asked(8, "meta"), candidate_places=places, num_candidate_rows=3)
+        with_floors = replace(asked, floors=torch.empty(7, device="meta"))
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = torch.empty(8, VOCAB_SIZE, dtype=dtype, device="meta")
+            choose(logits, NOTHING_ASKED)
+            choose(logits, all_asked(8, "meta"))
+            choose(logits, with_floors, edited)
+
+    for found in compile_launches("trimode.kernels.choice", launch):
         assert found["cubin_bytes"] > 0
         assert found["spilled_bytes"] == 0, found

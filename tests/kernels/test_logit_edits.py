@@ -53,6 +53,7 @@ def test_a_forced_id_is_certain(logits: Tensor) -> None:
 
 
 MASK = 3
+VOCAB_SIZE = 131072  # of the real models
 
 
 def every_edit(vocab_size: int, device: str) -> LogitEdits:
@@ -104,30 +105,12 @@ def test_the_kernel_equals_the_reference(
 
 
 def test_they_compile_for_every_target_without_a_spill(
-    compile_for_targets: Callable[..., list[dict[str, Any]]],
+    compile_launches: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    sizes = {"size": "i32", "start": "i32"}
-    cases = [
-        {
-            "kernel": "trimode.kernels.logit_edits:_copy_kernel",
-            "signature": {
-                "logits_ptr": "*bf16", "row_stride": "i32", "vocab_size": "i32", "mask_id": "i32",
-                "rows_ptr": "*i64", "out_ptr": "*fp32", "allowed_ptr": "*i1",
-                "allowed_places_ptr": "*i32", "forced_ids_ptr": "*i64",
-                "forced_places_ptr": "*i32",
-            } | sizes,
-            "constexprs": {"HAS_ALLOWED": True, "HAS_FORCED": True, "CHUNK": logit_edits.CHUNK},
-            "options": {"num_warps": 8},
-        },
-        {
-            "kernel": "trimode.kernels.logit_edits:_change_kernel",
-            "signature": {
-                "edited_ptr": "*fp32", "places_ptr": "*i32", "rows_ptr": "*i64", "ids_ptr": "*i64",
-                "values_ptr": "*fp64", "num_changes": "i32", "forced_places_ptr": "*i32",
-            } | sizes,
-            "constexprs": {"IS_PENALTY": True, "HAS_FORCED": True, "BLOCK": 1024},
-        },
-    ]  # fmt: skip
-    for found in compile_for_targets(cases):
+    def launch() -> None:
+        logits = torch.empty(6, VOCAB_SIZE, dtype=torch.bfloat16, device="meta")
+        edited_rows(logits, every_edit(VOCAB_SIZE, "meta"), MASK, 0, VOCAB_SIZE)
+
+    for found in compile_launches("trimode.kernels.logit_edits", launch):
         assert found["cubin_bytes"] > 0
         assert found["spilled_bytes"] == 0, found

@@ -95,14 +95,13 @@ def test_noise_of_a_part_of_the_vocabulary_is_a_part_of_the_noise() -> None:
 
 
 def test_it_compiles_for_every_target_without_a_spill(
-    compile_for_targets: Callable[..., list[dict[str, Any]]],
+    compile_launches: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    integers = dict.fromkeys(("seeds_ptr", "positions_ptr", "samples_ptr"), "*i64")
-    case = {
-        "kernel": "trimode.kernels.noise:_gumbel_kernel",
-        "signature": {"out_ptr": "*fp32"} | integers | {"vocab_size": "i32", "start": "i32"},
-        "constexprs": {"HAS_SAMPLES": True, "SIZE": 1024},
-    }
-    for found in compile_for_targets([case]):
+    integers = torch.empty(8, dtype=torch.int64, device="meta")
+
+    def launch() -> None:
+        gumbel_triton(integers, integers, 131072, integers)
+
+    for found in compile_launches("trimode.kernels.noise", launch):
         assert found["cubin_bytes"] > 0
         assert found["spilled_bytes"] == 0, found

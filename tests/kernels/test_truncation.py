@@ -66,6 +66,7 @@ def test_a_row_that_asks_for_nothing_keeps_what_weighs_nothing() -> None:
 
 
 MASK = 2
+VOCAB_SIZE = 131072  # of the real models
 # (top_k, top_p, min_p, temperature) of each row; a top_k of 0 is the whole vocabulary.
 ASKED = [
     (0, 1.0, 0.0, 1.0),
@@ -173,22 +174,18 @@ def test_edited_rows_are_read_in_their_edited_form(device: str) -> None:
 
 
 def test_it_compiles_for_every_target_without_a_spill(
-    compile_for_targets: Callable[..., list[dict[str, Any]]],
+    compile_launches: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    signature = {
-        "row_stride": "i32", "edited_ptr": "*fp32", "places_ptr": "*i32", "rows_ptr": "*i64",
-        "temperatures_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32",
-        "min_p_ptr": "*fp32", "out_ptr": "*fp32", "size": "i32", "mask_id": "i32",
-    }  # fmt: skip
-    cases = [
-        {
-            "kernel": "trimode.kernels.truncation:_floors_kernel",
-            "signature": {"logits_ptr": kind} | signature,
-            "constexprs": {"HAS_EDITED": True, "SHIFT": shift, "CHUNK": truncation.CHUNK},
-            "options": {"num_warps": 16},
-        }
-        for kind, shift in (("*bf16", 16), ("*fp32", 0))
-    ]
-    for found in compile_for_targets(cases):
+    def launch() -> None:
+        places = torch.empty(8, dtype=torch.int32, device="meta")
+        edited = logit_edits.EditedRows(torch.empty(2, VOCAB_SIZE, device="meta"), places)
+        temperatures, kept = asked(VOCAB_SIZE, "meta")
+        rows = torch.empty(8, dtype=torch.int64, device="meta")
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = torch.empty(8, VOCAB_SIZE, dtype=dtype, device="meta")
+            for changed in (None, edited):
+                truncation_floors_triton(logits, changed, rows, temperatures, kept, MASK)
+
+    for found in compile_launches("trimode.kernels.truncation", launch):
         assert found["cubin_bytes"] > 0
         assert found["spilled_bytes"] == 0, found
