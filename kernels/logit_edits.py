@@ -59,23 +59,6 @@ class EditedRows:
 
 
 @triton.jit
-def load_logits(
-    logits_ptr, edited_ptr, is_edited, columns, size, banned_column, HAS_EDITED: tl.constexpr
-):
-    """A row's logits, or what edits made of them, in float32; -inf past the row's end."""
-    inside = columns < size
-    if HAS_EDITED:
-        if is_edited:
-            x = tl.load(edited_ptr + columns, mask=inside, other=float("-inf"))
-        else:
-            x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    else:
-        x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    # Banned after the load, which is a wide one only where its mask is.
-    return tl.where(columns == banned_column, float("-inf"), x)
-
-
-@triton.jit
 def _copy_kernel(
     logits_ptr,  # [num_answers, size]
     row_stride,
