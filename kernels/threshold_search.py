@@ -108,7 +108,9 @@ def find_cut(
 def list_above(
     logits_ptr, wide_ptr, is_wide, size, banned_column, cut, list_ptr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Copy what is above the cut to list_ptr [any] float32; how many there are."""
+    """Copy what is above the cut to list_ptr [any] float32, which is filled up with -inf to a
+    multiple of 16, for wide loads; that number.
+    """
     num_listed = 0
     for first in range(0, size, CHUNK):
         columns = first + tl.arange(0, CHUNK)
@@ -117,8 +119,11 @@ def list_above(
         place = num_listed + tl.cumsum(stays, axis=0) - 1
         tl.store(list_ptr + place, x, mask=stays > 0)
         num_listed += tl.sum(stays, axis=0)
+    num_filled = tl.cdiv(num_listed, 16) * 16
+    end = num_listed + tl.arange(0, 16)
+    tl.store(list_ptr + end, float("-inf"), mask=end < num_filled)
     tl.debug_barrier()  # the program's other threads read it
-    return num_listed
+    return num_filled
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from trimode.kernels.threshold_search import (
 )
 
 CHUNK = 4096
-MAX_LISTED = 4096
+MAX_LISTED = 4096  # a multiple of 16
 # How many low bits of a value that is widened to float32 are always 0.
 LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -81,10 +81,10 @@ def _floors_kernel(
     MAX_LISTED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a row. It reads the row four times: for its maximum, for where to cut it, to list
-    what is above the cut, and once more if that is too long a list. Then each of top-k and top-p
-    reads the list, or the row, up to 8 times (16 where the logits are float32), mostly half as
-    often.
+    """One program a row, which it reads three times: for its maximum, for where to cut it, and to
+    list what is above the cut. Each of top-k and top-p then reads the list, or the row where the
+    list would be too long, up to 8 times (16 where logits are float32), mostly half as often. The
+    last read is for what stays.
     """
     index = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures_ptr + index)

@@ -23,7 +23,7 @@ KINDS = [sample_reference, sample_triton]
 RATIO = 1e-5
 
 
-def everything(vocab_size: int, device: str) -> SamplingInputs:
+def everything(vocab_size: int) -> SamplingInputs:
     """Inputs of eight rows in which every parameter acts on some: 0 greedy, 1 and 2 drawn, 3 and 4
     drawn and truncated, 5 and 6 edited, 6 also drawn and truncated, 7 forced.
     """
@@ -55,7 +55,7 @@ def everything(vocab_size: int, device: str) -> SamplingInputs:
         masked_rows=torch.tensor([6]),
         allowed=allowed,
     )
-    made = SamplingInputs(
+    return SamplingInputs(
         mask_id=MASK,
         draws=draws,
         edits=changes,
@@ -66,7 +66,6 @@ def everything(vocab_size: int, device: str) -> SamplingInputs:
         logprob_rows=torch.tensor([1, 5, 6, 7]),
         num_top=3,
     )
-    return _on(made, device)
 
 
 def _on(value: Any, device: str) -> Any:
@@ -90,11 +89,11 @@ def assert_equal_answers(got: Sampled, wanted: Sampled, ratio: float) -> None:
         assert (mine - theirs).square().mean() <= ratio**2 * theirs.square().mean(), name
 
 
-def rows_of(vocab_size: int, dtype: torch.dtype, device: str) -> Tensor:
+def rows_of(vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Eight rows without two equal logits."""
     generator = torch.Generator().manual_seed(vocab_size)
     steps = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(8)])
-    return ((steps - vocab_size / 2) * (16 / vocab_size)).to(device, dtype)
+    return ((steps - vocab_size / 2) * (16 / vocab_size)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -103,18 +102,31 @@ def test_the_kernels_answer_as_the_reference(
     dtype: torch.dtype, chunk: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "CHUNK", chunk)
-    logits, settings = rows_of(127, dtype, device), everything(127, device)
+    logits, settings = rows_of(127, dtype), everything(127)
     wanted = sample_reference(logits.clone(), settings)
-    assert_equal_answers(sample_triton(logits.clone(), settings), wanted, RATIO)
+    got = sample_triton(logits.to(device), _on(settings, device))
+    assert_equal_answers(got, wanted, RATIO)
 
 
 def test_the_kernels_answer_rows_that_ask_for_nothing(device: str) -> None:
-    logits = rows_of(127, torch.bfloat16, device)
+    logits = rows_of(127, torch.bfloat16).to(device)
     logits[2, MASK] = 99
     sampled = sample_triton(logits, SamplingInputs(MASK))
     logits[:, MASK] = -torch.inf
     assert sampled.token_ids.tolist() == logits.float().argmax(-1).tolist()
     assert sampled.confidences.shape == (0,)
+
+
+@pytest.mark.parametrize("sample", KINDS)
+def test_of_equal_candidates_the_chosen_one_is_first(
+    sample: Callable[..., Sampled], device: str
+) -> None:
+    where = device if sample is sample_triton else "cpu"
+    logits = torch.zeros(1, 500, device=where)
+    rows = torch.zeros(1, dtype=torch.int64, device=where)
+    sampled = sample(logits, SamplingInputs(MASK, candidate_rows=rows, num_candidates=5))
+    assert sampled.candidates is not None
+    assert sampled.candidates[0, 0] == sampled.token_ids[0] == 0
 
 
 class Ranks:
@@ -179,14 +191,15 @@ def test_a_sharded_vocabulary_gives_the_same_answers_on_every_rank(
 ) -> None:
     """Bit for bit, as parts are whole chunks: what is summed, and in which order, stays."""
     monkeypatch.setattr(choice, "CHUNK", 32)
-    logits, settings = rows_of(127, torch.bfloat16, device), everything(127, device)
+    where = device if sample is sample_triton else "cpu"
+    logits, settings = rows_of(127, torch.bfloat16).to(where), _on(everything(127), where)
     wanted = sample(logits.clone(), settings)
     for got in sample_sharded(sample, logits, settings, num_ranks):
         assert_equal_answers(got, wanted, 0.0)
 
 
 def test_a_rank_may_hold_nothing_but_padding(device: str) -> None:
-    logits, settings = rows_of(31, torch.float32, device), everything(31, device)
+    logits, settings = rows_of(31, torch.float32).to(device), _on(everything(31), device)
     wanted = sample_triton(logits.clone(), settings)
     for got in sample_sharded(sample_triton, logits, settings, 2):
         assert_equal_answers(got, wanted, RATIO)
