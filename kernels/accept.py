@@ -3,19 +3,23 @@ launched before the host has read them.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from trimode.kernels.dispatch import by_device
 
 
 def num_accepted_reference(
-    token_ids: Tensor,  # [num_tokens] int64: rows of the pass
-    answers: Tensor,  # [num_answers] int64
+    token_ids: Tensor,  # [num_tokens] int32 or int64: rows of the pass
+    answers: Tensor,  # [num_answers] int32 or int64
     first_rows: Tensor,  # [num_sequences] int64: row of each sequence's known token
     first_answers: Tensor,  # [num_sequences] int64: its first answer
     counts: Tensor,  # [num_sequences] int64: its answers, at least 1
     max_count: int,
 ) -> Tensor:
-    """[num_sequences] int64: 1 and one more for every draft before the first that its answer
-    contradicts. Where a sequence has one answer it is 1, whatever its rows.
+    """[num_sequences], like counts: 1 and one more for every draft before the first that its
+    answer contradicts. Where a sequence has one answer it is 1, whatever its rows.
     """
     if max_count == 1:
         return torch.ones_like(counts)
@@ -27,4 +31,76 @@ def num_accepted_reference(
     return 1 + agrees.cumprod(dim=1).sum(dim=1)
 
 
-num_accepted = num_accepted_reference
+def accept_reference(
+    token_ids: Tensor,  # arguments as num_accepted's
+    answers: Tensor,
+    first_rows: Tensor,
+    first_answers: Tensor,
+    counts: Tensor,
+    max_count: int,
+) -> tuple[Tensor, Tensor]:
+    """(num_accepted, the last answer that is kept: each sequence's next known token), both
+    [num_sequences], like counts and like answers.
+    """
+    kept = num_accepted_reference(token_ids, answers, first_rows, first_answers, counts, max_count)
+    return kept, answers[first_answers + kept - 1]
+
+
+@triton.jit
+def _accept_kernel(
+    token_ids_ptr,  # [num_tokens]
+    answers_ptr,  # [num_answers]
+    first_rows_ptr,  # [num_sequences]
+    first_answers_ptr,  # [num_sequences]
+    counts_ptr,  # [num_sequences]
+    kept_ptr,  # [num_sequences]
+    last_ids_ptr,  # [num_sequences]
+    LANES: tl.constexpr,
+):
+    """One program a sequence, one lane a draft."""
+    sequence = tl.program_id(0)
+    lanes = tl.arange(0, LANES)
+    num_drafts = tl.load(counts_ptr + sequence) - 1
+    row = tl.load(first_rows_ptr + sequence).to(tl.int64)
+    answer = tl.load(first_answers_ptr + sequence).to(tl.int64)
+    is_draft = lanes < num_drafts
+    drafts = tl.load(token_ids_ptr + row + 1 + lanes, mask=is_draft, other=0)
+    own = tl.load(answers_ptr + answer + lanes, mask=is_draft, other=0)
+    # The first draft that is contradicted, or the end of the drafts.
+    agreeing = tl.min(tl.where(is_draft & (drafts == own), LANES, lanes), axis=0)
+    tl.store(kept_ptr + sequence, 1 + agreeing)
+    tl.store(last_ids_ptr + sequence, tl.load(answers_ptr + answer + agreeing))
+
+
+def accept_triton(
+    token_ids: Tensor,
+    answers: Tensor,
+    first_rows: Tensor,
+    first_answers: Tensor,
+    counts: Tensor,
+    max_count: int,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    kept = torch.empty_like(counts)
+    last_ids = answers.new_empty(len(counts))
+    _accept_kernel[(len(counts),)](
+        token_ids, answers, first_rows, first_answers, counts, kept, last_ids,
+        LANES=triton.next_power_of_2(max_count), num_warps=1,
+    )  # fmt: skip
+    return kept, last_ids
+
+
+def num_accepted_triton(
+    token_ids: Tensor,
+    answers: Tensor,
+    first_rows: Tensor,
+    first_answers: Tensor,
+    counts: Tensor,
+    max_count: int,
+) -> Tensor:
+    """As the reference."""
+    return accept_triton(token_ids, answers, first_rows, first_answers, counts, max_count)[0]
+
+
+num_accepted = by_device(num_accepted_reference, num_accepted_triton)
+accept = by_device(accept_reference, accept_triton)

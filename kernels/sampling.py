@@ -11,44 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimode.kernels.choice import Asked, Draws, choose_in_part, join_parts
+from trimode.kernels.dispatch import by_device
+from trimode.kernels.logit_edits import EditedRows, LogitEdits, apply_edits, edited_rows
 from trimode.kernels.noise import gumbel
-
-
-@dataclass(frozen=True, slots=True)
-class LogitEdits:
-    """Changes of single logits, as coordinate lists; a (row, id) pair occurs once a list."""
-
-    penalised_rows: Tensor  # [num_penalised] int64
-    penalised_ids: Tensor  # [num_penalised] int64
-    penalties: Tensor  # [num_penalised] float64: divides a positive logit, multiplies others
-    added_rows: Tensor  # [num_added] int64
-    added_ids: Tensor  # [num_added] int64
-    additions: Tensor  # [num_added] float64; -inf is a ban
-    forced_rows: Tensor  # [num_forced] int64: rows with one possible answer
-    forced_ids: Tensor  # [num_forced] int64
-    masked_rows: Tensor  # [num_masked] int64: rows that follow a grammar
-    allowed: Tensor | None  # [num_masked, vocab_size] bool
-
-
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """What of the distribution is left to the draw, for each drawn row."""
-
-    top_k: Tensor  # [num_drawn] int64, vocab_size for all
-    top_p: Tensor  # [num_drawn] float32
-    min_p: Tensor  # [num_drawn] float32
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """The rows with a temperature above 0, and what their noise is a function of."""
-
-    rows: Tensor  # [num_drawn] int64
-    temperatures: Tensor  # [num_drawn] float32
-    seeds: Tensor  # [num_drawn] int64
-    positions: Tensor  # [num_drawn] int64: of the token that the row produces
-    samples: Tensor | None = None  # [num_drawn] int64: index among a request's samples
-    truncation: Truncation | None = None
+from trimode.kernels.places import places_of
+from trimode.kernels.truncation import truncate, truncation_floors_triton
+from trimode.kernels.vocabulary import VocabularyShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +49,19 @@ class Sampled:
     top_logprobs: Tensor | None = None  # [num_logprobs, num_top]
 
 
-def sample_reference(logits: Tensor, inputs: SamplingInputs) -> Sampled:
-    """logits [num_answers, vocab_size], changed in place -> Sampled.
+def sample_reference(
+    logits: Tensor, inputs: SamplingInputs, shard: VocabularyShard | None = None
+) -> Sampled:
+    """logits [num_answers, vocab_size], or this rank's part of them, which may be changed in place
+    -> Sampled, the same on every rank.
 
     id = argmax(logits + T * gumbel(seed, position, sample, id)) draws from softmax(logits / T); at
-    T = 0 it is plain argmax. Confidence is softmax(edited logits / confidence temperature) at the
-    id. Log-probabilities are the model's own. The mask id is never an answer.
+    T = 0 it is plain argmax, of equals the lowest id. Confidence is softmax(edited logits /
+    confidence temperature) at the id. Log-probabilities are the model's own. The mask id is never
+    an answer.
     """
+    if shard is not None:
+        logits = shard.whole(logits)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide[:, inputs.mask_id] = -torch.inf
     own = None if inputs.logprob_rows is None else wide[inputs.logprob_rows].log_softmax(-1)
@@ -105,8 +80,7 @@ def sample_reference(logits: Tensor, inputs: SamplingInputs) -> Sampled:
         chosen = scaled.gather(1, token_ids[inputs.confident_rows, None])[:, 0]
         confidences = torch.exp(chosen - scaled.logsumexp(-1))
     if inputs.candidate_rows is not None:
-        count = min(inputs.num_candidates, logits.shape[1])
-        candidates = scores[inputs.candidate_rows].topk(count, dim=-1).indices
+        candidates = _candidates(scores[inputs.candidate_rows], token_ids, inputs, None)
     if own is None or inputs.logprob_rows is None:
         return Sampled(token_ids, confidences, candidates)
     top = own.topk(inputs.num_top, dim=-1)
@@ -122,38 +96,101 @@ def _with_noise(logits: Tensor, draws: Draws) -> Tensor:
     return logits + draws.temperatures[:, None] * noise
 
 
-def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
-    """Change logits [num_answers, vocab_size] in place."""
-    if len(edits.penalised_rows):
-        where = (edits.penalised_rows, edits.penalised_ids)
-        values, penalties = logits[where], edits.penalties.to(logits.dtype)
-        logits[where] = torch.where(values > 0, values / penalties, values * penalties)
-    if len(edits.added_rows):
-        where = (edits.added_rows, edits.added_ids)
-        logits[where] = logits[where] + edits.additions.to(logits.dtype)
-    if edits.allowed is not None:
-        kept = logits[edits.masked_rows].masked_fill(~edits.allowed, -torch.inf)
-        logits[edits.masked_rows] = kept
-    if len(edits.forced_rows):
-        logits[edits.forced_rows] = -torch.inf
-        logits[edits.forced_rows, edits.forced_ids] = 0.0
+def sample_triton(
+    logits: Tensor, inputs: SamplingInputs, shard: VocabularyShard | None = None
+) -> Sampled:
+    """As the reference. Nothing waits for the device.
 
-
-def truncate(logits: Tensor, temperatures: Tensor, kept: Truncation) -> Tensor:
-    """-inf where top-k, then top-p of what top-k left, or min-p excludes an id; ties stay together.
-
-    logits [num_drawn, vocab_size] before the temperature, which the probabilities are read at.
+    Most rows are read once, and of shards only what each chunk found is gathered. Rows with edits
+    are copied to float32; truncated rows are mostly read three times more, and gathered whole from
+    shards.
     """
-    probabilities = (logits / temperatures[:, None]).softmax(-1)
-    ordered = probabilities.sort(dim=-1, descending=True).values
-    kth = ordered.gather(1, (kept.top_k - 1).clamp(max=logits.shape[1] - 1)[:, None])
-    of_top_k = torch.where(ordered >= kth, ordered, 0)
-    mass = of_top_k.cumsum(-1)
-    # An id stays while those before it hold less than top_p of what top-k left.
-    stays = (mass - of_top_k) < kept.top_p.to(mass.dtype)[:, None] * mass[:, -1:]
-    lowest = torch.where(stays & (of_top_k > 0), ordered, torch.inf).amin(-1, keepdim=True)
-    floor = torch.maximum(lowest, kept.min_p.to(mass.dtype)[:, None] * ordered[:, :1])
-    return logits.masked_fill(probabilities < floor, -torch.inf)
+    num_answers, part_size = logits.shape
+    start, vocab_size = (0, part_size) if shard is None else (shard.start, shard.vocab_size)
+    size = max(0, min(part_size, vocab_size - start))
+    edits = inputs.edits
+    edited = (
+        None if edits is None else edited_rows(logits, edits, inputs.mask_id, start, vocab_size)
+    )
+    asked = _asked(inputs, num_answers, _floors(logits, edited, inputs, shard))
+    found, scores = choose_in_part(logits, edited, asked, inputs.mask_id, start, size)
+    chosen = join_parts(found[None] if shard is None else shard.gather(found), asked, vocab_size)
+    candidates = None
+    if inputs.candidate_rows is not None:
+        candidates = _candidates(scores, chosen.token_ids, inputs, shard)
+    if inputs.logprob_rows is None:
+        return Sampled(chosen.token_ids, chosen.confidences, candidates)
+    own = logits[inputs.logprob_rows]
+    own[:, size:] = -torch.inf
+    if 0 <= inputs.mask_id - start < size:
+        own[:, inputs.mask_id - start] = -torch.inf
+    values, top_ids = _best(own, inputs.num_top, shard)
+    top_logprobs = values.float() - chosen.normalisers[:, None]
+    return Sampled(
+        chosen.token_ids, chosen.confidences, candidates, chosen.logprobs, top_ids, top_logprobs
+    )
 
 
-sample = sample_reference
+def _asked(inputs: SamplingInputs, num_answers: int, floors: Tensor | None) -> Asked:
+    def places(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else places_of(rows, num_answers)
+
+    candidate_rows, logprob_rows = inputs.candidate_rows, inputs.logprob_rows
+    return Asked(
+        draws=inputs.draws,
+        draw_places=None if inputs.draws is None else places(inputs.draws.rows),
+        floors=floors,
+        confident_places=places(inputs.confident_rows),
+        confidence_temperatures=inputs.confidence_temperatures,
+        logprob_places=places(logprob_rows),
+        num_logprobs=0 if logprob_rows is None else len(logprob_rows),
+        candidate_places=places(candidate_rows),
+        num_candidate_rows=0 if candidate_rows is None else len(candidate_rows),
+    )
+
+
+def _floors(
+    logits: Tensor,
+    edited: EditedRows | None,
+    inputs: SamplingInputs,
+    shard: VocabularyShard | None,
+) -> Tensor | None:
+    """[num_drawn]: the lowest logit that may be drawn; None where all may."""
+    draws = inputs.draws
+    if draws is None or draws.truncation is None:
+        return None
+    rows = draws.rows
+    if shard is not None:
+        own = logits[rows]
+        if edited is not None:
+            places = edited.places[rows, None].long()
+            own = torch.where(places < 0, own.float(), edited.logits[places[:, 0].clamp(min=0)])
+        logits, edited = shard.whole(own), None
+        rows = torch.arange(len(rows), device=rows.device)
+    return truncation_floors_triton(
+        logits, edited, rows, draws.temperatures, draws.truncation, inputs.mask_id
+    )
+
+
+def _candidates(
+    scores: Tensor, token_ids: Tensor, inputs: SamplingInputs, shard: VocabularyShard | None
+) -> Tensor:
+    """The best ids of scores [num_with_candidates, part_size]; of equals, the chosen one first."""
+    assert inputs.candidate_rows is not None
+    start = 0 if shard is None else shard.start
+    ids = torch.arange(start, start + scores.shape[1], device=scores.device)
+    scores = scores.masked_fill(ids == token_ids[inputs.candidate_rows, None], torch.inf)
+    return _best(scores, inputs.num_candidates, shard)[1]
+
+
+def _best(values: Tensor, count: int, shard: VocabularyShard | None) -> tuple[Tensor, Tensor]:
+    """(values, ids) of the `count` best of each row [num_rows, part_size] of all ranks together."""
+    found, ids = values.topk(min(count, values.shape[1]), dim=-1)
+    if shard is None:
+        return found, ids
+    found, ids = (shard.gather(t).transpose(0, 1).flatten(1) for t in (found, ids + shard.start))
+    found, order = found.topk(min(count, found.shape[1]), dim=-1)
+    return found, ids.gather(1, order).clamp(max=shard.vocab_size - 1)
+
+
+sample = by_device(sample_reference, sample_triton)

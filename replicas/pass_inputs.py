@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimode.kernels.attention_inputs import AttentionInputs
-from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncation
+from trimode.kernels.choice import Draws
+from trimode.kernels.logit_edits import LogitEdits
+from trimode.kernels.sampling import SamplingInputs
+from trimode.kernels.truncation import Truncation
 from trimode.replicas.graph_keys import GraphKey
 
 # numpy's on the host, torch's on the device.

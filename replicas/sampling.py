@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from trimode.kernels.sampling import Draws, LogitEdits, SamplingInputs, Truncation
+from trimode.kernels.choice import Draws
+from trimode.kernels.logit_edits import LogitEdits
+from trimode.kernels.sampling import SamplingInputs
+from trimode.kernels.truncation import Truncation
 from trimode.replicas.decoding.strategy import PassKind, Query, Stage
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
@@ -116,13 +119,15 @@ def _edits(
     masked: tuple[Array, ...] = tuple(
         np.concatenate(part) for part in zip(*edits.masked, strict=True)
     )
-    rows: Array = masked[0] if masked else np.empty(0, dtype=np.int64)
+    masked_rows: Array = masked[0] if masked else np.empty(0, dtype=np.int64)
+    rows: Array = np.unique(np.concatenate((penalised[0], added[0], forced[:, 0], masked_rows)))
     return LogitEdits(
+        rows,
         *penalised,
         *added,
         forced_rows=forced[:, 0],
         forced_ids=forced[:, 1],
-        masked_rows=rows,
+        masked_rows=masked_rows,
         allowed=masked[1] if masked else None,
     )
 

@@ -1,7 +1,10 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from trimode.kernels.noise import gumbel_reference, philox_reference
+from trimode.kernels.noise import gumbel_reference, gumbel_triton, philox_reference
 
 # Published with Random123: counter, key, output of Philox4x32-10.
 KNOWN_ANSWERS = [
@@ -56,3 +59,49 @@ def test_noise_has_the_moments_of_a_gumbel_distribution() -> None:
 
 def test_noise_is_always_finite() -> None:
     assert noise(list(range(200)), list(range(200)), 5000).isfinite().all()
+
+
+# The kernel's logarithms are polynomials of its own.
+RATIO = 1e-6
+
+
+@pytest.mark.parametrize(("vocab_size", "start"), [(1, 0), (50, 0), (1024, 8), (2051, 130000)])
+@pytest.mark.parametrize("has_samples", [False, True])
+def test_the_kernel_is_near_the_reference(
+    vocab_size: int,
+    start: int,
+    has_samples: bool,
+    device: str,
+    assert_near: Callable[..., None],
+) -> None:
+    seeds, positions = torch.tensor([0, -5, 2**62 + 7]), torch.tensor([0, 7, 2**35 + 1])
+    samples = torch.tensor([0, 3, 1]) if has_samples else None
+    wanted = gumbel_reference(seeds, positions, vocab_size, samples, start)
+    got = gumbel_triton(
+        seeds.to(device),
+        positions.to(device),
+        vocab_size,
+        None if samples is None else samples.to(device),
+        start,
+    )
+    assert_near("noise", got, wanted, RATIO)
+    assert (got.cpu() - wanted).abs().max() < 5e-6
+
+
+def test_noise_of_a_part_of_the_vocabulary_is_a_part_of_the_noise() -> None:
+    seeds, positions = torch.tensor([3, 4]), torch.tensor([5, 6])
+    whole = gumbel_reference(seeds, positions, 100)
+    assert torch.equal(gumbel_reference(seeds, positions, 30, start=40), whole[:, 40:70])
+
+
+def test_it_compiles_for_every_target_without_a_spill(
+    compile_launches: Callable[..., list[dict[str, Any]]],
+) -> None:
+    integers = torch.empty(8, dtype=torch.int64, device="meta")
+
+    def launch() -> None:
+        gumbel_triton(integers, integers, 131072, integers)
+
+    for found in compile_launches("trimode.kernels.noise", launch):
+        assert found["cubin_bytes"] > 0
+        assert found["spilled_bytes"] == 0, found

@@ -5,16 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimode.kernels.choice import Draws
+from trimode.kernels.logit_edits import LogitEdits
 from trimode.kernels.noise import gumbel
-from trimode.kernels.sampling import (
-    Draws,
-    LogitEdits,
-    SamplingInputs,
-    Truncation,
-    apply_edits,
-    sample_reference,
-    truncate,
-)
+from trimode.kernels.sampling import SamplingInputs, sample_reference
 
 MASK = 3
 
@@ -135,47 +129,6 @@ def test_narrow_logits_are_widened_before_noise_and_softmax(
     assert confidences.double().tolist() == pytest.approx(wanted_confidences.tolist(), rel=1e-5)
 
 
-def truncated(row: Tensor, temperature: float = 1.0, **own: float) -> set[int]:
-    """The ids that are left of one row."""
-    kept = Truncation(
-        torch.tensor([int(own.get("top_k", len(row)))]),
-        torch.tensor([own.get("top_p", 1.0)]),
-        torch.tensor([own.get("min_p", 0.0)]),
-    )
-    left = truncate(row[None], torch.tensor([temperature]), kept)[0]
-    return {index for index, value in enumerate(left.tolist()) if value > -torch.inf}
-
-
-@pytest.mark.parametrize("top_k", [1, 3, 20])
-def test_top_k_leaves_the_k_best(logits: Tensor, top_k: int) -> None:
-    assert truncated(logits[0], top_k=top_k) == set(logits[0].topk(top_k).indices.tolist())
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 1.0])
-def test_top_p_leaves_the_smallest_set_that_holds_so_much(logits: Tensor, top_p: float) -> None:
-    row = logits[0].double()
-    order = row.argsort(descending=True).tolist()
-    wanted, mass = set(), 0.0
-    for index in order:
-        if mass >= top_p:
-            break
-        wanted.add(index)
-        mass += float(row.softmax(-1)[index])
-    assert truncated(row, top_p=top_p) == wanted
-
-
-def test_top_p_counts_what_top_k_left(logits: Tensor) -> None:
-    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert truncated(row, top_p=0.55) == {0, 1}
-    assert truncated(row, top_p=0.55, top_k=2) == {0}
-
-
-def test_min_p_is_a_share_of_the_best_after_the_temperature() -> None:
-    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert truncated(row, min_p=0.6) == {0, 1}
-    assert truncated(row, temperature=5.0, min_p=0.6) == {0, 1, 2, 3}
-
-
 def edits(**own: list[tuple[int, int, float]]) -> LogitEdits:
     """penalised, added: (row, id, value); forced: (row, id, 0)."""
 
@@ -189,26 +142,10 @@ def edits(**own: list[tuple[int, int, float]]) -> LogitEdits:
 
     forced = columns("forced")
     nothing = torch.empty(0, dtype=torch.int64)
-    return LogitEdits(*columns("penalised"), *columns("added"), forced[0], forced[1], nothing, None)
-
-
-def test_a_repetition_penalty_lowers_a_logit_of_either_sign() -> None:
-    row = torch.tensor([[2.0, -2.0, 1.0]])
-    apply_edits(row, edits(penalised=[(0, 0, 2.0), (0, 1, 2.0)]))
-    assert row.tolist() == [[1.0, -4.0, 1.0]]
-
-
-def test_additions_and_bans_change_only_their_logit(logits: Tensor) -> None:
-    wanted = logits.clone()
-    wanted[2, 5] += 1.5
-    wanted[4, 0] = -torch.inf
-    apply_edits(logits, edits(added=[(2, 5, 1.5), (4, 0, -torch.inf)]))
-    assert torch.equal(logits, wanted)
-
-
-def test_a_forced_id_is_certain(logits: Tensor) -> None:
-    apply_edits(logits, edits(forced=[(1, 7, 0.0)]))
-    assert logits[1].softmax(-1)[7] == 1
+    rows = torch.tensor(sorted({row for changes in own.values() for row, _, _ in changes}))
+    return LogitEdits(
+        rows, *columns("penalised"), *columns("added"), forced[0], forced[1], nothing, None
+    )
 
 
 def test_logprobs_are_the_models_own_whatever_is_asked(logits: Tensor) -> None:
