@@ -12,7 +12,8 @@ from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.governor import Governor
 from trimode.replicas.language import Language
-from trimode.replicas.model.weights import Progress, load_model
+from trimode.replicas.model.safetensors_reader import Progress
+from trimode.replicas.model.weights import load_model
 from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.startup import settle, start_rank
 from trimode.replicas.step_profile import StepProfile
