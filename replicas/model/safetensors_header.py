@@ -29,6 +29,10 @@ class StoredTensor:
     offset: int  # of its first byte in the file
     num_bytes: int
 
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name.
