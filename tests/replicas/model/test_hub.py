@@ -1,6 +1,9 @@
 """Downloads from a hub on the loopback interface, through the real client library."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,31 @@ def test_the_head_of_a_hub_that_is_down_is_the_one_seen_last(hub: Hub) -> None:
 def test_what_is_pinned_or_a_folder_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
     assert pin(MODEL, down(hub)) == MODEL
     assert pin(tmp_path, down(hub)) == tmp_path
+
+
+def run_elsewhere(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Get the model in another process, told by its environment alone where the hub is."""
+    code = (
+        "from trimode.replicas.model.hub import local_folder\n"
+        "from trimode.replicas.model.source import parse_source\n"
+        f"print(local_folder(parse_source('{NAME}@{COMMIT}')))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HOME": str(cache)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_environment_names_hub_and_cache_and_forbids_to_ask(hub: Hub, tmp_path: Path) -> None:
+    assert hub.endpoint is not None
+    offline = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1"}
+    refused = run_elsewhere(tmp_path, **offline)
+    assert refused.returncode == 1
+    assert "cannot be reached (OfflineModeIsEnabled" in refused.stderr
+    done = run_elsewhere(tmp_path, HF_ENDPOINT=hub.endpoint)
+    assert done.stdout.strip() == str(tmp_path / "hub/models--org--model/snapshots" / COMMIT)
+    again = run_elsewhere(tmp_path, **offline)
+    assert (again.returncode, again.stdout) == (0, done.stdout)

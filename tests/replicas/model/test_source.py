@@ -54,6 +54,7 @@ def test_labels_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     assert label(Path(".")) == tmp_path.name
     assert label(HubModel("org/model")) == "model"
+    assert label(tmp_path / "hub/models--org--model/snapshots" / COMMIT) == "model"
 
 
 def test_a_model_reads_as_one_would_type_it() -> None:
