@@ -24,7 +24,12 @@ HELP = "/clear forgets what was said; /exit or Ctrl-D leaves; Ctrl-C ends an ans
 
 
 def run(
-    request: pb.GenerateRequest, *, model: ModelSource, dtype: str, address: str | None, max_context: int
+    request: pb.GenerateRequest,
+    *,
+    model: ModelSource,
+    dtype: str,
+    address: str | None,
+    max_context: int,
 ) -> None:
     """Read turns from standard input and answer them until it ends.
 

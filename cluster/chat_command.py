@@ -43,4 +43,6 @@ def chat(
             "use_draft_adapter": not no_adapter,
         }
     )
-    command.run(request, model=parse_source(model), dtype=dtype, address=address, max_context=max_context)
+    command.run(
+        request, model=parse_source(model), dtype=dtype, address=address, max_context=max_context
+    )

@@ -16,7 +16,12 @@ from trimode.replicas.model.source import ModelSource
 
 
 def run(
-    message: pb.GenerateRequest, *, model: ModelSource, dtype: str, address: str | None, as_json: bool
+    message: pb.GenerateRequest,
+    *,
+    model: ModelSource,
+    dtype: str,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Generate and print. Raises TrimodeError."""
     if address:

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import ParseDict, ParseError
 
-from trimode.cluster.option_values import MODEL_HELP, biases, file_text, ids, one_of, parsed, text_or_file
+from trimode.cluster.option_values import (
+    MODEL_HELP,
+    biases,
+    file_text,
+    ids,
+    one_of,
+    parsed,
+    text_or_file,
+)
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
@@ -137,4 +145,6 @@ def generate(
         "priority": priority,
         "cache_salt": cache_salt,
     }
-    command.run(to_message(fields), model=parse_source(model), dtype=dtype, address=address, as_json=as_json)
+    command.run(
+        to_message(fields), model=parse_source(model), dtype=dtype, address=address, as_json=as_json
+    )

@@ -45,7 +45,12 @@ def build_engine(
     Raises CheckpointError and ConfigError.
     """
     runner = build_runner(
-        folder, config, dtype=dtype, adapter=adapter, progress=progress, on_loaded=on_loaded,
+        folder,
+        config,
+        dtype=dtype,
+        adapter=adapter,
+        progress=progress,
+        on_loaded=on_loaded,
         on_capture=on_capture,
     )
     config = runner.config
