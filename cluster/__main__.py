@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from rich.console import Console
 
 from trimode.cluster.bench.command import bench
 from trimode.cluster.chat_command import chat
 from trimode.cluster.generate_command import generate
+from trimode.cluster.option_values import MODEL_HELP
 from trimode.replicas.errors import TrimodeError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.model.source import parse_source
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +53,7 @@ app.command()(chat)
 
 @app.command()
 def calibrate(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     seconds: Annotated[float, typer.Option(help="How long to measure, about.")] = 5.0,
     out: Annotated[Path, typer.Option(help="The profile; its plot lies beside it.")] = Path(
@@ -60,14 +63,25 @@ def calibrate(
     """Measure this machine's step times, on which block sizes are chosen."""
     from trimode.cluster import calibrate as command
 
-    command.run(model, dtype, out, seconds)
+    command.run(parse_source(model), dtype, out, seconds)
 
 
 app.command()(bench)
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+) -> None:
+    """Tell from its headers what a checkpoint holds, and whether all of it is there."""
+    from trimode.cluster import check as command
+
+    command.run(parse_source(model))
+
+
 def main() -> None:
     """Run the command; errors raised on purpose are one line, not a trace."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         app()
     except TrimodeError as error:

@@ -8,6 +8,8 @@ from ray.serve.config import RequestRouterConfig
 
 from trimode.cluster.config import ClusterConfig, PoolSettings
 from trimode.cluster.gateway import Gateway
+from trimode.replicas.model.hub import pin
+from trimode.replicas.model.source import ModelSource
 from trimode.replicas.replica import Replica
 from trimode.router.request_router import RankedRequestRouter
 
@@ -19,7 +21,8 @@ STATS_PERIOD_S = 0.5  # how often Serve asks replicas for their load, for operat
 def build(args: dict[str, Any]) -> Application:
     """The application of a parsed cluster.yaml; Serve calls this with its config's `args`."""
     config = ClusterConfig.parse(args)
-    pools = {pool.name: _pool(config, pool) for pool in config.pools}
+    source = pin(config.model.source)  # once, so that all replicas load the same
+    pools = {pool.name: _pool(config, source, pool) for pool in config.pools}
     gateway = serve.deployment(
         name=GATEWAY_NAME,
         num_replicas=config.gateway.replicas,
@@ -27,7 +30,7 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=config.gateway.drain_s + 5,
         max_ongoing_requests=16,  # of Serve's own calls; clients' streams never come this way
     )(Gateway)
-    return gateway.bind(config, pools)
+    return gateway.bind(config, source, pools)
 
 
 def serve_config(config: ClusterConfig) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def _pool(config: ClusterConfig, pool: PoolSettings) -> Application:
+def _pool(config: ClusterConfig, source: ModelSource, pool: PoolSettings) -> Application:
     engine = config.engine_config(pool)
     replica = serve.deployment(
         name=pool.name,
@@ -63,7 +66,7 @@ def _pool(config: ClusterConfig, pool: PoolSettings) -> Application:
         ),
     )(Replica)
     return replica.bind(
-        str(config.model.folder),
+        source,
         config.model.dtype,
         max(1, int(pool.cpus)),
         engine,

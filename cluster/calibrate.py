@@ -6,16 +6,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from trimode.cluster.loading_bars import loading_bars
+from trimode.cluster.model_folder import fetch
 from trimode.replicas.calibration import measure
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.errors import ConfigError
 from trimode.replicas.loading import build_runner
+from trimode.replicas.model.source import ModelSource, label
 from trimode.replicas.step_profile import StepProfile
 
 LONG_CONTEXT_PAGES = 2048  # 32,768 slots: 16 sequences of the longest context measured
 
 
-def run(model: Path, dtype: str, out: Path, seconds: float) -> None:
+def run(model: ModelSource, dtype: str, out: Path, seconds: float) -> None:
     """Measure for about so many seconds, print, write `out` and the picture beside it. Raises
     TrimodeError.
     """
@@ -26,7 +29,7 @@ def run(model: Path, dtype: str, out: Path, seconds: float) -> None:
     if out.suffix != ".json":
         raise ConfigError(f"--out must end in .json, is {out.name}")
     console = Console(stderr=True)
-    profile = _measure(model, dtype, seconds, console)
+    profile = _measure(fetch(model), dtype, seconds, console)
     profile.save(out)
     picture = out.with_suffix(".png")
     plot(profile, picture)
@@ -36,7 +39,15 @@ def run(model: Path, dtype: str, out: Path, seconds: float) -> None:
 
 def _measure(folder: Path, dtype: str, seconds: float, console: Console) -> StepProfile:
     config = EngineConfig(num_pages=LONG_CONTEXT_PAGES)
-    runner = build_runner(folder, config, dtype=dtype)
+    with loading_bars(label(folder)) as bars:
+        runner = build_runner(
+            folder,
+            config,
+            dtype=dtype,
+            progress=bars.on_load,
+            on_loaded=bars.on_loaded,
+            on_capture=bars.on_capture,
+        )
     columns = (TextColumn("measuring"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)

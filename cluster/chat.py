@@ -13,8 +13,10 @@ from rich.console import Console
 from trimode.cluster.client import Client
 from trimode.cluster.generate_output import Output, print_stream
 from trimode.cluster.local_model import LocalModel
+from trimode.cluster.model_folder import fetch
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest, TrimodeError
+from trimode.replicas.model.source import ModelSource, label
 
 Generate = Callable[[pb.GenerateRequest], Generator[pb.GenerateResponse]]
 
@@ -22,7 +24,12 @@ HELP = "/clear forgets what was said; /exit or Ctrl-D leaves; Ctrl-C ends an ans
 
 
 def run(
-    request: pb.GenerateRequest, *, model: Path, dtype: str, address: str | None, max_context: int
+    request: pb.GenerateRequest,
+    *,
+    model: ModelSource,
+    dtype: str,
+    address: str | None,
+    max_context: int,
 ) -> None:
     """Read turns from standard input and answer them until it ends.
 
@@ -30,7 +37,7 @@ def run(
     fails is told and the conversation goes on; elsewhere it raises TrimodeError.
     """
     is_terminal = sys.stdin.isatty()
-    source = _remote(address) if address else _local(request, model, dtype, max_context)
+    source = _remote(address) if address else _local(request, fetch(model), dtype, max_context)
     with source as (name, generate):
         dialogue = Dialogue(generate, request)
         if is_terminal:
@@ -126,7 +133,7 @@ def _remote(address: str) -> Iterator[tuple[str, Generate]]:
 def _local(
     request: pb.GenerateRequest, folder: Path, dtype: str, max_context: int
 ) -> Iterator[tuple[str, Generate]]:
-    model, name = LocalModel(folder, max_context), folder.resolve().name
+    model, name = LocalModel(folder, max_context), label(folder)
     _check_template(model.has_chat_template, name)
     model.load(dtype=dtype, adapter=request.use_draft_adapter, quiet=not sys.stderr.isatty())
     yield name, model.generate

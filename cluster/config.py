@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimode.replicas.config import EngineConfig
-from trimode.replicas.errors import ConfigError
+from trimode.replicas.errors import CheckpointError, ConfigError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.model.source import HubModel, ModelSource
 from trimode.replicas.types import Mode
 
 
@@ -19,13 +20,29 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """Which checkpoint, and in which precision."""
+    """Which checkpoint, and in which precision: a folder or a hub's model, else the bundled one."""
 
-    path: Path | None = None  # a model folder; None: the bundled checkpoint
+    path: Path | None = None  # a model folder, the same on every node
+    name: str | None = None  # org/name on a hub; each node downloads it once
+    revision: str | None = None  # of name, a full commit hash; None: the known one, or the head
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
 
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSettings":
+        if self.path is not None and self.name is not None:
+            raise ValueError("give one of path and name")
+        if self.revision is not None and self.name is None:
+            raise ValueError("revision belongs to a name; a path has none")
+        try:
+            _ = self.source
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        return self
+
     @property
-    def folder(self) -> Path:
+    def source(self) -> ModelSource:
+        if self.name is not None:
+            return HubModel(self.name, self.revision)
         return self.path if self.path is not None else BUNDLED_CHECKPOINT
 
 

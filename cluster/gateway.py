@@ -14,6 +14,8 @@ from trimode.cluster.serve_pool import ServePool
 from trimode.cluster.tokenizer import Tokenizer
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.hub import local_folder
+from trimode.replicas.model.source import ModelSource, label
 from trimode.router.load_board import LoadBoard
 from trimode.router.mode_policy import PoolView
 
@@ -22,11 +24,12 @@ class Gateway:
     """Runs its own gRPC server; Serve hears of its streams by record_autoscaling_stats."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits constructors
-        self, config: ClusterConfig, handles: dict[str, DeploymentHandle]
+        self, config: ClusterConfig, source: ModelSource, handles: dict[str, DeploymentHandle]
     ) -> None:
         self._config = config
         self.load_board = LoadBoard()  # the request routers of this process find it by this name
-        folder = config.model.folder
+        self._source = source
+        folder = local_folder(source, weights=False)
         self._model = ModelConfig.load(folder)
         self._tokenizer = Tokenizer.load(folder, self._model.bos_id)
         pools = {name: ServePool(name, handle) for name, handle in handles.items()}
@@ -62,7 +65,7 @@ class Gateway:
     def _describe_model(self) -> pb.GetModelResponse:
         model, info = self._model, self._info
         return pb.GetModelResponse(
-            name=self._config.model.folder.resolve().name,
+            name=label(self._source),
             vocab_size=model.vocab_size,
             max_positions=model.max_positions,
             block_size=model.block_size,

@@ -10,15 +10,25 @@ from trimode.cluster.client import Client
 from trimode.cluster.generate_output import Output, print_json, print_stream
 from trimode.cluster.local_model import LocalModel
 from trimode.cluster.messages import is_chat
+from trimode.cluster.model_folder import fetch
 from trimode.proto import inference_pb2 as pb
+from trimode.replicas.model.source import ModelSource
 
 
 def run(
-    message: pb.GenerateRequest, *, model: Path, dtype: str, address: str | None, as_json: bool
+    message: pb.GenerateRequest,
+    *,
+    model: ModelSource,
+    dtype: str,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Generate and print. Raises TrimodeError."""
-    source = _remote(message, address) if address else _local(message, model, dtype, quiet=as_json)
-    with source as output:
+    if address:
+        answer = _remote(message, address)
+    else:
+        answer = _local(message, fetch(model, quiet=as_json), dtype, quiet=as_json)
+    with answer as output:
         if as_json:
             print_json(output)
         else:

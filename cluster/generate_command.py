@@ -3,16 +3,24 @@ whoever answers it.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import ParseDict, ParseError
 
-from trimode.cluster.option_values import biases, file_text, ids, one_of, parsed, text_or_file
+from trimode.cluster.option_values import (
+    MODEL_HELP,
+    biases,
+    file_text,
+    ids,
+    one_of,
+    parsed,
+    text_or_file,
+)
 from trimode.proto import inference_pb2 as pb
 from trimode.replicas.errors import InvalidRequest
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.model.source import parse_source
 
 MODES = {
     "auto": "MODE_AUTO",
@@ -44,7 +52,7 @@ def generate(
     thinking: Annotated[
         bool, typer.Option("--thinking", help="With --chat: think before answering.")
     ] = False,
-    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
     mode: Annotated[str, parsed(one_of(MODES), "NAME", f"{', '.join(MODES)}.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -137,4 +145,6 @@ def generate(
         "priority": priority,
         "cache_salt": cache_salt,
     }
-    command.run(to_message(fields), model=model, dtype=dtype, address=address, as_json=as_json)
+    command.run(
+        to_message(fields), model=parse_source(model), dtype=dtype, address=address, as_json=as_json
+    )

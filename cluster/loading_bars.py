@@ -8,6 +8,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from trimode.replicas.model.safetensors_reader import LoadReport
+
+WORTH_A_LINE_S = 1.0  # a load that takes longer
+
 
 @dataclass(frozen=True, slots=True)
 class LoadingBars:
@@ -21,6 +25,11 @@ class LoadingBars:
         """Bytes of weights."""
         amount = f"{decimal(done)} of {decimal(total)}"
         self.bars.update(self.load, completed=done, total=total, amount=amount)
+
+    def on_loaded(self, report: LoadReport) -> None:
+        """A line of how fast that was, where it took its time."""
+        if report.seconds >= WORTH_A_LINE_S:
+            self.bars.console.print(f"weights loaded: {report}", highlight=False)
 
     def on_capture(self, done: int, total: int) -> None:
         """Sizes of pass; shown once there are any."""

@@ -17,6 +17,7 @@ from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine import Engine
 from trimode.replicas.loading import build_engine
 from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.source import label
 from trimode.replicas.types import Mode, Request
 
 PAGE_SIZE = 16
@@ -76,13 +77,14 @@ class LocalModel:
             max_waiting=num_samples,
             max_block_size=config.block_size,
         )
-        with loading_bars(self._folder.resolve().name, quiet=quiet) as bars:
+        with loading_bars(label(self._folder), quiet=quiet) as bars:
             self._engine = build_engine(
                 self._folder,
                 engine_config,
                 dtype=dtype,
                 adapter=adapter,
                 progress=bars.on_load,
+                on_loaded=bars.on_loaded,
                 on_capture=bars.on_capture,
             )
 

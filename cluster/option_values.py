@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import typer
 
+MODEL_HELP = "Model folder, or org/name[@revision] on a hub."
+
 Number = TypeVar("Number", int, float)
 
 

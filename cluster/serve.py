@@ -25,6 +25,7 @@ from rich.table import Table
 from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
 from trimode.cluster.config import ClusterConfig
 from trimode.replicas.errors import ConfigError, Unavailable
+from trimode.replicas.model.source import label
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress is ours to show
 logger = structlog.get_logger(__name__)
@@ -124,7 +125,7 @@ def _announce(config: ClusterConfig, console: Console) -> None:
         pools.add_column(column)
     for pool in config.pools:
         pools.add_row(pool.name, pool.mode, str(pool.max_block_size), str(pool.replicas))
-    console.print(Panel(pools, title=f"trimode serves {config.model.folder.name} on {address}"))
+    console.print(Panel(pools, title=f"trimode serves {label(config.model.source)} on {address}"))
     console.print("Try, from another terminal:")
     console.print(f'  trimode generate --address {address} --prompt "def main("', soft_wrap=True)
     console.print("Ctrl-C stops it.")

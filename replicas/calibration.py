@@ -16,7 +16,7 @@ from trimode.replicas.config import EngineConfig
 from trimode.replicas.decoding.modes import ALL_MODES
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
 from trimode.replicas.machine import describe_machine
-from trimode.replicas.model.weights import Progress
+from trimode.replicas.model.safetensors_reader import Progress
 from trimode.replicas.model_runner import ModelRunner, run_pass
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence

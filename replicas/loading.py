@@ -12,7 +12,8 @@ from trimode.replicas.engine import Engine, StepRecord
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.governor import Governor
 from trimode.replicas.language import Language
-from trimode.replicas.model.weights import Progress, load_model
+from trimode.replicas.model.safetensors_reader import LoadReport, Progress
+from trimode.replicas.model.weights import load_model, log_report
 from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.startup import settle, start_rank
 from trimode.replicas.step_profile import StepProfile
@@ -32,6 +33,7 @@ def build_engine(
     governed: bool = False,
     profile: Path | None = None,
     progress: Progress | None = None,
+    on_loaded: Callable[[LoadReport], None] = log_report,
     on_capture: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
@@ -43,7 +45,13 @@ def build_engine(
     Raises CheckpointError and ConfigError.
     """
     runner = build_runner(
-        folder, config, dtype=dtype, adapter=adapter, progress=progress, on_capture=on_capture
+        folder,
+        config,
+        dtype=dtype,
+        adapter=adapter,
+        progress=progress,
+        on_loaded=on_loaded,
+        on_capture=on_capture,
     )
     config = runner.config
     governor = None
@@ -61,19 +69,23 @@ def build_runner(
     dtype: str = "auto",
     adapter: bool = True,
     progress: Progress | None = None,
+    on_loaded: Callable[[LoadReport], None] = log_report,
     on_capture: Progress | None = None,
 ) -> TorchModelRunner:
     """Load a checkpoint onto the GPU where there is one, else the CPU. What the config leaves open
     is settled in the runner's own.
 
-    progress is told bytes of weights, on_capture sizes of pass that a GPU captures. dtype
-    'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower and less exact.
+    progress is told bytes of weights, on_loaded what they took in the end, on_capture sizes of pass
+    that a GPU captures. dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is
+    slower and less exact.
     Raises CheckpointError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    model = load_model(folder, torch_dtype(dtype), device, adapter=adapter, progress=progress)
+    model = load_model(
+        folder, torch_dtype(dtype), device, adapter=adapter, progress=progress, on_loaded=on_loaded
+    )
     config = settle(model, config)
     rank, graph_keys = start_rank(model, config, on_capture)
     return TorchModelRunner(model, config, rank, graph_keys)

@@ -19,8 +19,8 @@ from trimode.replicas.array_tree import to_device
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.graph_keys import GraphKey
 from trimode.replicas.look_ahead import Outputs, resolve
+from trimode.replicas.model.safetensors_reader import Progress
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
-from trimode.replicas.model.weights import Progress
 from trimode.replicas.pass_inputs import PassInputs
 from trimode.replicas.pass_size import Size
 from trimode.replicas.step_graphs import Capture, ForwardInputs, StepGraphs

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimode.replicas.config import EngineConfig
 from trimode.replicas.engine_loop import EngineLoop
+from trimode.replicas.model.source import ModelSource
 from trimode.replicas.types import Chunk, ModelInfo, Request
 
 
@@ -16,7 +17,7 @@ class Replica:
 
     def __init__(
         self,
-        model_folder: str,
+        model: ModelSource,
         dtype: str,
         num_threads: int,
         engine: EngineConfig,
@@ -30,10 +31,11 @@ class Replica:
         import torch
 
         from trimode.replicas.loading import build_engine
+        from trimode.replicas.model.hub import local_folder
 
         torch.set_num_threads(num_threads)
         self._engine = build_engine(
-            Path(model_folder), engine, dtype=dtype, governed=governed, profile=profile
+            local_folder(model), engine, dtype=dtype, governed=governed, profile=profile
         )
         self._loop = EngineLoop(self._engine)
         self._loop.start()

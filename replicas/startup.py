@@ -12,8 +12,8 @@ from trimode.kernels.sampling import SamplingInputs
 from trimode.replicas.config import DEFAULT_CPU_PAGES, EngineConfig
 from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.memory_plan import MIB, MemoryPlan
+from trimode.replicas.model.safetensors_reader import Progress
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
-from trimode.replicas.model.weights import Progress
 from trimode.replicas.pass_inputs import PassInputs
 from trimode.replicas.pass_size import Size
 from trimode.replicas.rank_runner import RankRunner

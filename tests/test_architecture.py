@@ -29,6 +29,7 @@ ALLOWED_IN = {
     "grpc_reflection": ("cluster/grpc_server.py",),
     "jinja2": ("cluster/chat_template.py", "cluster/template_sandbox.py"),
     "opentelemetry.sdk": ("cluster/telemetry.py",),
+    "huggingface_hub": ("replicas/model/hub.py", "replicas/model/file_check.py"),
     "ray": ("cluster/", "router/request_router.py", "replicas/replica.py"),
     "transformers": ("cluster/bench/transformers_baseline.py",),
 }
@@ -65,6 +66,7 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     # Each command loads only what it needs.
     ("cluster/__main__.py", "trimode.cluster.calibrate"),
     ("cluster/chat_command.py", "trimode.cluster.chat"),
+    ("cluster/__main__.py", "trimode.cluster.check"),
     ("cluster/generate_command.py", "trimode.cluster.generate"),
     ("cluster/__main__.py", "trimode.cluster.serve"),
     ("cluster/bench/command.py", "trimode.cluster.bench.session"),
@@ -80,6 +82,7 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     # Processes that only name the deployment do not pay for torch.
     ("replicas/replica.py", "torch"),
     ("replicas/replica.py", "trimode.replicas.loading"),
+    ("replicas/replica.py", "trimode.replicas.model.hub"),
 }
 
 

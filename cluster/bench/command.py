@@ -10,8 +10,9 @@ from trimode.cluster.bench.options import Options
 from trimode.cluster.bench.prompt_files import load_prompts, load_text, load_trace
 from trimode.cluster.bench.settings import Setting, settings_named
 from trimode.cluster.bench.workload import DEFAULT_PROMPTS, Sampling
-from trimode.cluster.option_values import numbers
+from trimode.cluster.option_values import MODEL_HELP, numbers
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.model.source import parse_source
 
 
 def _parsed(parser: Any, metavar: str, help: str) -> Any:
@@ -19,7 +20,7 @@ def _parsed(parser: Any, metavar: str, help: str) -> Any:
 
 
 def bench(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = BUNDLED_CHECKPOINT,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a served cluster, instead of --model.")
     ] = None,
@@ -68,7 +69,7 @@ def bench(
     if system and system_file is not None:
         raise typer.BadParameter("give one of --system and --system-file")
     options = Options(
-        model=model,
+        model=parse_source(model),
         out=out,
         sampling=Sampling(max_tokens, temperature, seed, ignore_eos),
         address=address,

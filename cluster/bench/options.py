@@ -16,6 +16,7 @@ from trimode.cluster.bench.workload import (
     trace_load,
 )
 from trimode.replicas.errors import ConfigError
+from trimode.replicas.model.source import ModelSource
 from trimode.replicas.types import MAX_SEED
 
 MAX_CONCURRENCY = 1024
@@ -32,7 +33,7 @@ class Options:
     At most one of concurrencies, rates and trace says when requests come; none of them: USERS.
     """
 
-    model: Path
+    model: ModelSource
     out: Path  # the JSON; the picture stands beside it
     sampling: Sampling
     address: str | None = None  # of a served cluster; None: an engine in this process

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ from trimode.cluster.bench.plot import draw
 from trimode.cluster.bench.remote import RemoteTarget
 from trimode.cluster.bench.settings import AR, Setting
 from trimode.cluster.bench.workload import Load
+from trimode.cluster.loading_bars import loading_bars
+from trimode.cluster.model_folder import fetch
 from trimode.replicas.errors import ConfigError
 from trimode.replicas.loading import build_engine
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.source import label
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ def run(options: Options) -> None:
         raise ConfigError(f"--out: {error}") from None
     if options.address is not None:
         measured = _measure_cluster(options, options.address, console)
-    elif options.against is not None:
-        measured = _measure_against(options, options.against, console)
     else:
-        measured = _measure_engine(options, console)
+        folder = fetch(options.model)
+        if options.against is not None:
+            measured = _measure_against(options, folder, options.against, console)
+        else:
+            measured = _measure_engine(options, folder, console)
     _write(options, measured)
     console.print(f"wrote {options.out} and {options.out.with_suffix('.png')}", highlight=False)
 
@@ -70,23 +76,23 @@ def _measure_cluster(options: Options, address: str, console: Console) -> Measur
     return Measured(measure(groups, options.repeats, options.limits, console), facts)
 
 
-def _measure_engine(options: Options, console: Console) -> Measured:
+def _measure_engine(options: Options, folder: Path, console: Console) -> Measured:
     loads = options.loads()
-    settings = options.settings_for(ModelConfig.load(options.model).block_size)
-    target, facts = _local(options, settings, loads)
+    settings = options.settings_for(ModelConfig.load(folder).block_size)
+    target, facts = _local(options, folder, settings, loads)
     groups = sweep(settings, loads, target)
     return Measured(measure(groups, options.repeats, options.limits, console), facts)
 
 
-def _measure_against(options: Options, library: str, console: Console) -> Measured:
+def _measure_against(options: Options, folder: Path, library: str, console: Console) -> Measured:
     try:
         from trimode.cluster.bench.transformers_baseline import TransformersTarget
     except ImportError:
         raise ConfigError(f"--against {library} needs it: pip install {library}") from None
     options = replace(options, sampling=replace(options.sampling, ignore_eos=True))
     loads = options.loads()
-    target, facts = _local(options, [AR], loads)
-    baseline = TransformersTarget(options.model, facts["dtype"], load_encoder(options.model))
+    target, facts = _local(options, folder, [AR], loads)
+    baseline = TransformersTarget(folder, facts["dtype"], load_encoder(folder))
     # In turns with ours at the lightest load, whose requests they share.
     ours = [Entry(AR.name, AR, load, target) for load in loads]
     theirs = Entry(library, AR, replace(loads[0], label="1"), baseline)
@@ -101,23 +107,31 @@ def _measure_against(options: Options, library: str, console: Console) -> Measur
 
 
 def _local(
-    options: Options, settings: Sequence[Setting], loads: Sequence[Load]
+    options: Options, folder: Path, settings: Sequence[Setting], loads: Sequence[Load]
 ) -> tuple[LocalTarget, dict[str, Any]]:
     """An engine here, and the facts about it. Raises CheckpointError and InvalidRequest."""
-    encode = load_encoder(options.model)
-    config = engine_config(options.model, encode, loads)
+    encode = load_encoder(folder)
+    config = engine_config(folder, encode, loads)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     governed = any(setting.is_governed for setting in settings)
     if governed and options.profile is None:
         note = "the governor measures step times first; --profile spares that"
         Console(stderr=True).print(note, highlight=False)
-    engine = build_engine(
-        options.model, config, dtype=options.dtype, governed=governed, profile=options.profile
-    )
+    with loading_bars(label(folder)) as bars:
+        engine = build_engine(
+            folder,
+            config,
+            dtype=options.dtype,
+            governed=governed,
+            profile=options.profile,
+            progress=bars.on_load,
+            on_loaded=bars.on_loaded,
+            on_capture=bars.on_capture,
+        )
     facts = {
         "machine": describe_machine("torch", "trimode"),
-        "model": options.model.name,
+        "model": label(options.model),
         "dtype": engine.info.dtype,
         "threads": torch.get_num_threads(),
     }

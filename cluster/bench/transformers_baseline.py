@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Ministral3Config, Ministral3ForCausalLM
+from transformers.initialization import no_init_weights
 
 from trimode.cluster.bench.local import Encode
 from trimode.cluster.bench.metrics import Arrival, Record
@@ -87,7 +88,8 @@ def as_ministral(
     """
     shared = {key: raw[key] for key in SHARED_KEYS}
     shared["rope_parameters"] = dict(shared["rope_parameters"])  # the library writes into it
-    theirs = Ministral3ForCausalLM(Ministral3Config(**shared, pad_token_id=None, **own))
+    with no_init_weights():  # the weights are ours in a moment
+        theirs = Ministral3ForCausalLM(Ministral3Config(**shared, pad_token_id=None, **own))
     theirs = theirs.to(model.diffusion_head.weight.dtype).eval()
     theirs.load_state_dict(
         {

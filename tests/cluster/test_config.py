@@ -6,6 +6,8 @@ import pytest
 
 from trimode.cluster.config import ClusterConfig
 from trimode.replicas.errors import ConfigError
+from trimode.replicas.model.config import BUNDLED_CHECKPOINT
+from trimode.replicas.model.source import HubModel
 
 
 def test_an_empty_document_is_the_default_cluster() -> None:
@@ -36,12 +38,25 @@ def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
             "pools.0.governed",
         ),
         ({"engine": {"max_step_tokens": 16}}, "engine.max_step_tokens is 16"),
+        ({"model": {"path": "/m", "name": "a/b"}}, "model: .*one of path and name"),
+        ({"model": {"path": "/m", "revision": "0" * 40}}, "model: .*revision belongs to a name"),
+        ({"model": {"name": "a"}}, "model: .*'a' must be of the form org/name"),
+        ({"model": {"name": "a/b", "revision": "main"}}, "model: .*'main' must be a full commit"),
         ([], "not a valid configuration"),
     ],
 )
 def test_a_mistake_is_named(document: object, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ClusterConfig.parse(document)
+
+
+def test_a_model_is_a_folder_or_a_name_of_a_hub_or_the_bundled_one() -> None:
+    def source(**model: str) -> object:
+        return ClusterConfig.parse({"model": model}).model.source
+
+    assert source() == BUNDLED_CHECKPOINT
+    assert source(path="/models/8b") == Path("/models/8b")
+    assert source(name="org/model", revision="0" * 40) == HubModel("org/model", "0" * 40)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -32,5 +32,5 @@ def test_a_replica_has_a_governor_unless_told_otherwise(
         return build(*args, **kwargs | {"governed": False, "profile": None})
 
     monkeypatch.setattr(loading, "build_engine", recorded)
-    Replica(str(BUNDLED_CHECKPOINT), "auto", 1, ENGINE, **settings)
+    Replica(BUNDLED_CHECKPOINT, "auto", 1, ENGINE, **settings)
     assert (built[0]["governed"], built[0]["profile"]) == (governed, profile)
