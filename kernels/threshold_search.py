@@ -77,11 +77,11 @@ def find_cut(
     """A logit that what top-k (top-p where top_k is `size` or more) keeps is above, with at most
     MAX_LISTED others, -inf if it is not at once found; and the weight of the whole row.
     """
-    cut1, cut2, cut3 = peak - 4 * temperature, peak - 8 * temperature, peak - 12 * temperature
+    cut1, cut2 = peak - 5 * temperature, peak - 10 * temperature
     count1 = tl.zeros([CHUNK], tl.int32)
-    count2, count3 = count1, count1
+    count2 = count1
     mass = tl.zeros([CHUNK], tl.float32)
-    mass1, mass2, mass3 = mass, mass, mass
+    mass1, mass2 = mass, mass
     for first in range(0, size, CHUNK):
         columns = first + tl.arange(0, CHUNK)
         x = load_logits(logits_ptr, wide_ptr, is_wide, columns, size, banned_column)
@@ -89,19 +89,16 @@ def find_cut(
         mass += weight
         mass1 += tl.where(x > cut1, weight, 0.0)
         mass2 += tl.where(x > cut2, weight, 0.0)
-        mass3 += tl.where(x > cut3, weight, 0.0)
         count1 += (x > cut1).to(tl.int32)
         count2 += (x > cut2).to(tl.int32)
-        count3 += (x > cut3).to(tl.int32)
     total = tl.sum(mass, axis=0)
-    num1, num2, num3 = tl.sum(count1, axis=0), tl.sum(count2, axis=0), tl.sum(count3, axis=0)
+    num1, num2 = tl.sum(count1, axis=0), tl.sum(count2, axis=0)
     least = top_p * total
     by_count = top_k < size
-    fits1 = tl.where(by_count, num1 >= top_k, tl.sum(mass1, axis=0) >= least) & (num1 <= MAX_LISTED)
-    fits2 = tl.where(by_count, num2 >= top_k, tl.sum(mass2, axis=0) >= least) & (num2 <= MAX_LISTED)
-    fits3 = tl.where(by_count, num3 >= top_k, tl.sum(mass3, axis=0) >= least) & (num3 <= MAX_LISTED)
-    cut = tl.where(fits1, cut1, tl.where(fits2, cut2, tl.where(fits3, cut3, float("-inf"))))
-    return cut, total
+    decides1 = tl.where(by_count, num1 >= top_k, tl.sum(mass1, axis=0) >= least)
+    decides2 = tl.where(by_count, num2 >= top_k, tl.sum(mass2, axis=0) >= least)
+    cut = tl.where(decides2 & (num2 <= MAX_LISTED), cut2, float("-inf"))
+    return tl.where(decides1 & (num1 <= MAX_LISTED), cut1, cut), total
 
 
 @triton.jit

@@ -162,6 +162,6 @@ def truncation_floors_triton(
         floors if edited is None else edited.logits, rows if edited is None else edited.places,
         rows, temperatures, kept.top_k, kept.top_p, kept.min_p, lists, floors, size, mask_id,
         HAS_EDITED=edited is not None, SHIFT=LOW_BITS[logits.dtype], MAX_LISTED=MAX_LISTED,
-        CHUNK=min(CHUNK, triton.next_power_of_2(size)), num_warps=16,
+        CHUNK=min(CHUNK, triton.next_power_of_2(size)), num_warps=8,
     )  # fmt: skip
     return floors
