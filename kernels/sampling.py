@@ -91,8 +91,10 @@ def sample_reference(
 def _with_noise(logits: Tensor, draws: Draws) -> Tensor:
     """logits [num_drawn, vocab_size] -> scores whose arg max is the draw."""
     noise = gumbel(draws.seeds, draws.positions, logits.shape[1], draws.samples)
-    if draws.truncation is not None:
-        logits = truncate(logits, draws.temperatures, draws.truncation)
+    kept = draws.truncation
+    if kept is not None:
+        left = truncate(logits[kept.draws], draws.temperatures[kept.draws], kept)
+        logits = logits.index_copy(0, kept.draws, left)
     return logits + draws.temperatures[:, None] * noise
 
 
@@ -159,7 +161,9 @@ def _floors(
     draws = inputs.draws
     if draws is None or draws.truncation is None:
         return None
-    rows = draws.rows
+    kept = draws.truncation
+    rows, temperatures = draws.rows[kept.draws], draws.temperatures[kept.draws]
+    floors = torch.full_like(draws.temperatures, -torch.inf)
     if shard is not None:
         own = logits[rows]
         if edited is not None:
@@ -167,9 +171,8 @@ def _floors(
             own = torch.where(places < 0, own.float(), edited.logits[places[:, 0].clamp(min=0)])
         logits, edited = shard.whole(own), None
         rows = torch.arange(len(rows), device=rows.device)
-    return truncation_floors_triton(
-        logits, edited, rows, draws.temperatures, draws.truncation, inputs.mask_id
-    )
+    found = truncation_floors_triton(logits, edited, rows, temperatures, kept, inputs.mask_id)
+    return floors.index_copy_(0, kept.draws, found)
 
 
 def _candidates(

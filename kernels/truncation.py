@@ -25,19 +25,20 @@ LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What of the distribution is left to the draw, for each drawn row."""
+    """What of the distribution is left to the draw, for the rows of which not all is."""
 
-    top_k: Tensor  # [num_drawn] int64, vocab_size for all
-    top_p: Tensor  # [num_drawn] float32
-    min_p: Tensor  # [num_drawn] float32
+    draws: Tensor  # [num_truncated] int64: their index among the drawn rows, ascending
+    top_k: Tensor  # [num_truncated] int64, vocab_size for all
+    top_p: Tensor  # [num_truncated] float32
+    min_p: Tensor  # [num_truncated] float32
 
 
 def truncation_floors_reference(
-    logits: Tensor,  # [num_drawn, vocab_size]
-    temperatures: Tensor,  # [num_drawn] float32, which the probabilities are read at
+    logits: Tensor,  # [num_truncated, vocab_size]
+    temperatures: Tensor,  # [num_truncated] float32, which the probabilities are read at
     kept: Truncation,
 ) -> Tensor:
-    """[num_drawn]: the lowest logit of each row that top-k, then top-p of what top-k left, and
+    """[num_truncated]: the lowest logit of each row that top-k, then top-p of what top-k left, and
     min-p leave.
     """
     probabilities = (logits / temperatures[:, None]).softmax(-1)
@@ -56,7 +57,7 @@ def truncation_floors_reference(
 
 
 def truncate(logits: Tensor, temperatures: Tensor, kept: Truncation) -> Tensor:
-    """logits [num_drawn, vocab_size] with -inf where truncation excludes an id."""
+    """logits [num_truncated, vocab_size] with -inf where truncation excludes an id."""
     floors = truncation_floors_reference(logits, temperatures, kept)
     return logits.masked_fill(logits < floors[:, None], -torch.inf)
 
@@ -67,13 +68,13 @@ def _floors_kernel(
     row_stride,
     edited_ptr,  # [num_edited, size] float32
     places_ptr,  # [num_answers] int32: of each row in it, or -1
-    rows_ptr,  # [num_drawn] int64
-    temperatures_ptr,  # [num_drawn] float32
-    top_k_ptr,  # [num_drawn] int64
-    top_p_ptr,  # [num_drawn] float32
-    min_p_ptr,  # [num_drawn] float32
-    lists_ptr,  # [num_drawn, MAX_LISTED] float32
-    out_ptr,  # [num_drawn] float32
+    rows_ptr,  # [num_truncated] int64
+    temperatures_ptr,  # [num_truncated] float32
+    top_k_ptr,  # [num_truncated] int64
+    top_p_ptr,  # [num_truncated] float32
+    min_p_ptr,  # [num_truncated] float32
+    lists_ptr,  # [num_truncated, MAX_LISTED] float32
+    out_ptr,  # [num_truncated] float32
     size,
     mask_id,
     HAS_EDITED: tl.constexpr,
@@ -148,8 +149,8 @@ def _floors_kernel(
 def truncation_floors_triton(
     logits: Tensor,  # [num_answers, vocab_size]
     edited: EditedRows | None,
-    rows: Tensor,  # [num_drawn] int64
-    temperatures: Tensor,  # [num_drawn] float32
+    rows: Tensor,  # [num_truncated] int64
+    temperatures: Tensor,  # [num_truncated] float32
     kept: Truncation,
     mask_id: int,
 ) -> Tensor:

@@ -51,7 +51,7 @@ def build_sampling(
     return SamplingInputs(
         mask_id=mask_id,
         draws=_draws(scheduled, rows_where([request.temperature > 0 for request in requests]),
-                     positions, vocab_size, of_rows),
+                     counts, positions, vocab_size, of_rows),
         edits=_edits(scheduled, counts, vocab_size),
         confident_rows=confident,
         confidence_temperatures=(
@@ -68,6 +68,7 @@ def build_sampling(
 def _draws(
     scheduled: SequenceOf[Scheduled],
     rows: Array | None,
+    counts: np.ndarray,
     positions: np.ndarray,
     vocab_size: int,
     of_rows: Callable[[list[float] | list[int], Array, type], Array],
@@ -78,11 +79,16 @@ def _draws(
     # Block passes predict their own position, causal passes the next.
     ahead = [int(item.query.kind is PassKind.CAUSAL) for item in scheduled]
     truncation = None
-    if any((r.top_k, r.top_p, r.min_p) != (0, 1, 0) for r in requests):
+    is_truncated = [
+        r.temperature > 0 and (r.top_k, r.top_p, r.min_p) != (0, 1, 0) for r in requests
+    ]
+    if any(is_truncated):
+        draws: Array = np.flatnonzero(np.repeat(is_truncated, counts)[rows])
         truncation = Truncation(
-            of_rows([r.top_k or vocab_size for r in requests], rows, np.int64),
-            of_rows([r.top_p for r in requests], rows, np.float32),
-            of_rows([r.min_p for r in requests], rows, np.float32),
+            draws,
+            of_rows([r.top_k or vocab_size for r in requests], rows[draws], np.int64),
+            of_rows([r.top_p for r in requests], rows[draws], np.float32),
+            of_rows([r.min_p for r in requests], rows[draws], np.float32),
         )
     return Draws(
         rows=rows,

@@ -37,9 +37,10 @@ def everything(vocab_size: int) -> SamplingInputs:
         positions=torch.tensor([0, 100, 2**32, 7, 9]),
         samples=torch.tensor([0, 1, 0, 2, 0]),
         truncation=Truncation(
-            torch.tensor([vocab_size, vocab_size, 5, vocab_size, 9]),
-            torch.tensor([1.0, 1.0, 0.9, 0.8, 1.0]),
-            torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05]),
+            torch.tensor([2, 3, 4]),
+            torch.tensor([5, vocab_size, 9]),
+            torch.tensor([0.9, 0.8, 1.0]),
+            torch.tensor([0.0, 0.0, 0.05]),
         ),
     )
     changes = LogitEdits(

@@ -22,6 +22,7 @@ def logits() -> Tensor:
 def truncated(row: Tensor, temperature: float = 1.0, **own: float) -> set[int]:
     """The ids that are left of one row."""
     kept = Truncation(
+        torch.tensor([0]),
         torch.tensor([int(own.get("top_k", len(row)))]),
         torch.tensor([own.get("top_p", 1.0)]),
         torch.tensor([own.get("min_p", 0.0)]),
@@ -83,6 +84,7 @@ ASKED = [
 def asked(vocab_size: int, device: str) -> tuple[Tensor, Truncation]:
     top_k, top_p, min_p, temperatures = zip(*ASKED, strict=True)
     kept = Truncation(
+        torch.arange(len(ASKED), device=device),
         torch.tensor([k or vocab_size for k in top_k], device=device),
         torch.tensor(top_p, device=device),
         torch.tensor(min_p, device=device),
@@ -153,8 +155,8 @@ def test_the_kernel_keeps_what_is_asked(
         assert_stays(row >= reference.item(), row, index)
 
 
-def _parts(kept: Truncation) -> tuple[Tensor, Tensor, Tensor]:
-    return kept.top_k, kept.top_p, kept.min_p
+def _parts(kept: Truncation) -> tuple[Tensor, ...]:
+    return kept.draws, kept.top_k, kept.top_p, kept.min_p
 
 
 def test_edited_rows_are_read_in_their_edited_form(device: str) -> None:
@@ -164,7 +166,10 @@ def test_edited_rows_are_read_in_their_edited_form(device: str) -> None:
         torch.tensor([-1, 0], dtype=torch.int32, device=device),
     )
     kept = Truncation(
-        *(torch.tensor(values, device=device) for values in ([2, 2], [1.0, 1.0], [0.0, 0.0]))
+        *(
+            torch.tensor(values, device=device)
+            for values in ([0, 1], [2, 2], [1.0, 1.0], [0.0, 0.0])
+        )
     )
     floors = truncation_floors_triton(
         logits.to(device),

@@ -98,6 +98,27 @@ def test_confidences_are_read_at_their_own_temperature(batch: Batch) -> None:
     assert sampling.confidence_temperatures.tolist() == pytest.approx([0.7, 0.7, 1.0, 1.0])
 
 
+def test_only_rows_that_are_drawn_and_ask_for_it_are_truncated(item: Any) -> None:
+    decode = Query(Stage.DECODE, PassKind.CAUSAL, (30,), 9, (0,))
+    asked = [
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"temperature": 0.5, "top_p": 0.5},
+        {"temperature": 1.0, "top_k": 4, "min_p": 0.25},
+    ]
+    built = Batch.build([item([page], decode, **own) for page, own in enumerate(asked)], LIMITS)
+    draws = built.inputs.sampling.draws
+    assert draws is not None and draws.truncation is not None
+    assert draws.rows.tolist() == [0, 2, 3]
+    assert draws.truncation.draws.tolist() == [1, 2]
+    assert draws.truncation.top_k.tolist() == [64, 4]
+    assert draws.truncation.top_p.tolist() == [0.5, 1.0]
+    assert draws.truncation.min_p.tolist() == [0.0, 0.25]
+    greedy = Batch.build([item([0], decode, top_k=3), item([1], decode, temperature=1)], LIMITS)
+    assert greedy.inputs.sampling.draws is not None
+    assert greedy.inputs.sampling.draws.truncation is None
+
+
 def test_a_greedy_batch_without_confidences_says_so(scheduled: list[Scheduled]) -> None:
     sampling = Batch.build(scheduled[1:2], LIMITS).inputs.sampling
     assert sampling.draws is None

@@ -62,7 +62,7 @@ def cases(num_rows: int, vocab_size: int, device: str) -> list[Case]:
     rows = torch.arange(num_rows, device=device)
     ones = torch.ones(num_rows, device=device)
     draws = Draws(rows, TEMPERATURE * ones, rows * 7919 + 1, rows + 1000, rows * 0)
-    kept = Truncation(rows * 0 + min(TOP_K, vocab_size), TOP_P * ones, 0 * ones)
+    kept = Truncation(rows, rows * 0 + min(TOP_K, vocab_size), TOP_P * ones, 0 * ones)
     nothing = SamplingInputs(MASK)
     sure = replace(nothing, confident_rows=rows, confidence_temperatures=ones)
     return [
