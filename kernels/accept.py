@@ -10,39 +10,28 @@ from torch import Tensor
 from trimode.kernels.dispatch import by_device
 
 
-def num_accepted_reference(
+def accept_reference(
     token_ids: Tensor,  # [num_tokens] int32 or int64: rows of the pass
     answers: Tensor,  # [num_answers] int32 or int64
     first_rows: Tensor,  # [num_sequences] int64: row of each sequence's known token
     first_answers: Tensor,  # [num_sequences] int64: its first answer
     counts: Tensor,  # [num_sequences] int64: its answers, at least 1
     max_count: int,
-) -> Tensor:
-    """[num_sequences], like counts: 1 and one more for every draft before the first that its
-    answer contradicts. Where a sequence has one answer it is 1, whatever its rows.
-    """
-    if max_count == 1:
-        return torch.ones_like(counts)
-    index = torch.arange(max_count - 1, device=token_ids.device)
-    # Lanes past a sequence's end read whatever is there and do not count.
-    drafts = token_ids[(first_rows[:, None] + 1 + index).clamp(max=len(token_ids) - 1)]
-    own = answers[(first_answers[:, None] + index).clamp(max=len(answers) - 1)]
-    agrees = (drafts == own) & (index < counts[:, None] - 1)
-    return 1 + agrees.cumprod(dim=1).sum(dim=1)
-
-
-def accept_reference(
-    token_ids: Tensor,  # arguments as num_accepted's
-    answers: Tensor,
-    first_rows: Tensor,
-    first_answers: Tensor,
-    counts: Tensor,
-    max_count: int,
 ) -> tuple[Tensor, Tensor]:
-    """(num_accepted, the last answer that is kept: each sequence's next known token), both
+    """How many answers are kept and the last of them, each sequence's next known token; both
     [num_sequences], like counts and like answers.
+
+    Kept is 1 and one more for every draft before the first that its answer contradicts. Where a
+    sequence has one answer it is 1, whatever its rows.
     """
-    kept = num_accepted_reference(token_ids, answers, first_rows, first_answers, counts, max_count)
+    kept = torch.ones_like(counts)
+    if max_count > 1:
+        index = torch.arange(max_count - 1, device=token_ids.device)
+        # Lanes past a sequence's end read whatever is there and do not count.
+        drafts = token_ids[(first_rows[:, None] + 1 + index).clamp(max=len(token_ids) - 1)]
+        own = answers[(first_answers[:, None] + index).clamp(max=len(answers) - 1)]
+        agrees = (drafts == own) & (index < counts[:, None] - 1)
+        kept += agrees.cumprod(dim=1).sum(dim=1)
     return kept, answers[first_answers + kept - 1]
 
 
@@ -90,17 +79,4 @@ def accept_triton(
     return kept, last_ids
 
 
-def num_accepted_triton(
-    token_ids: Tensor,
-    answers: Tensor,
-    first_rows: Tensor,
-    first_answers: Tensor,
-    counts: Tensor,
-    max_count: int,
-) -> Tensor:
-    """As the reference."""
-    return accept_triton(token_ids, answers, first_rows, first_answers, counts, max_count)[0]
-
-
-num_accepted = by_device(num_accepted_reference, num_accepted_triton)
 accept = by_device(accept_reference, accept_triton)

@@ -28,7 +28,9 @@ class Outputs:
     """What a launched pass leaves on the device for the next one."""
 
     answers: Tensor  # [num_answers] int64
-    accepted: Tensor | None  # [num_sequences] int64: answers kept; None where nobody looks ahead
+    # None where nobody looks ahead.
+    accepted: Tensor | None = None  # [num_sequences] int64: answers kept
+    last_ids: Tensor | None = None  # [num_sequences] int64: the last of them
 
 
 def accept_inputs(
@@ -37,7 +39,9 @@ def accept_inputs(
     """What the device needs to tell how many drafts of a pass are kept."""
     verifies = np.array([item.query.stage is Stage.VERIFY for item in scheduled])
     counts = np.where(verifies, np.diff(answer_start), 1)
-    return AcceptInputs(query_start[:-1], answer_start[:-1], counts, int(counts.max()))
+    # Who has no answer reads another's, which nobody then asks for.
+    first_answers = np.minimum(answer_start[:-1], max(0, answer_start[-1] - 1))
+    return AcceptInputs(query_start[:-1], first_answers, counts, int(counts.max()))
 
 
 def pending_inputs(
@@ -65,7 +69,6 @@ def pending_inputs(
         known_rows=query_start[known],
         known_sequences=known,
         known_before=before,
-        first_answers=unread.answer_start[before],
         owner=owner,
         draw_owner=draw_owner,
     )
@@ -77,15 +80,14 @@ def resolve(inputs: PassInputs, before: Outputs, page_size: int) -> PassInputs:
     pending = inputs.pending
     if pending is None:
         return inputs
-    assert before.accepted is not None, "the pass before was not launched to be looked behind"
+    assert before.accepted is not None and before.last_ids is not None, "nobody looked ahead"
     token_ids, answers = inputs.token_ids, before.answers
     token_ids[pending.draft_rows] = answers[pending.draft_answers]
-    kept = before.accepted[pending.known_before]
-    token_ids[pending.known_rows] = answers[pending.first_answers + kept - 1]
+    token_ids[pending.known_rows] = before.last_ids[pending.known_before]
     attention = inputs.attention
     # One more for padding rows, which stay where they are.
     shifts = token_ids.new_zeros(len(attention.page_table) + 1)
-    shifts[pending.known_sequences] = kept - 1
+    shifts[pending.known_sequences] = before.accepted[pending.known_before] - 1
     moved = shifts[pending.owner]
     positions = inputs.positions + moved
     rows = pending.owner.clamp(max=len(attention.page_table) - 1)

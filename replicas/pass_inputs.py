@@ -30,7 +30,6 @@ class PendingInputs:
     known_rows: Array  # [num_known] int64: rows of known tokens that the pass before brings
     known_sequences: Array  # [num_known] int64: of this pass; their starts move on
     known_before: Array  # [num_known] int64: which sequence of the pass before each was
-    first_answers: Array  # [num_known] int64: its first answer there
     owner: Array  # [num_tokens] int64: sequence of each row; num_sequences for padding
     draw_owner: Array | None  # [num_drawn] int64: sequence of each drawn answer
 

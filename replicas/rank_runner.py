@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimode.kernels.accept import num_accepted
+from trimode.kernels.accept import accept
 from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.kv_cache import KVCache, copy_page
 from trimode.kernels.paged_attention import paged_attention
@@ -78,7 +78,9 @@ class RankRunner:
         )
         hidden = self._hidden(inputs.graph, forward)
         if len(there.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
-            return RankPass(Sampled(there.answer_rows, hidden.new_empty(0)), _no_outputs(there))
+            return RankPass(
+                Sampled(there.answer_rows, hidden.new_empty(0)), Outputs(there.answer_rows)
+            )
         logits = self._model.logits(hidden[there.answer_rows])
         sampled = self._sample(logits, there)
         return RankPass(sampled, _outputs(there, sampled.token_ids))
@@ -128,16 +130,11 @@ class RankRunner:
 
 
 def _outputs(inputs: PassInputs, answers: Tensor) -> Outputs:
-    accept = inputs.accept
-    if accept is None:
-        return Outputs(answers, None)
-    accepted = num_accepted(
+    ahead = inputs.accept
+    if ahead is None:
+        return Outputs(answers)
+    kept, last_ids = accept(
         inputs.token_ids, answers,
-        accept.first_rows, accept.first_answers, accept.counts, accept.max_count,
+        ahead.first_rows, ahead.first_answers, ahead.counts, ahead.max_count,
     )  # fmt: skip
-    return Outputs(answers, accepted)
-
-
-def _no_outputs(inputs: PassInputs) -> Outputs:
-    accept = inputs.accept
-    return Outputs(inputs.answer_rows, None if accept is None else torch.ones_like(accept.counts))
+    return Outputs(answers, kept, last_ids)

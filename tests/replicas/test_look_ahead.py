@@ -226,6 +226,7 @@ def test_pending_ids_and_starts_come_from_the_unread_pass(make_request: Any) -> 
     before = Outputs(
         answers=torch.tensor([50, 30, 31, 12, 41, 42]),
         accepted=torch.tensor([1, 1, 2]),  # of the block's drafts the first was right
+        last_ids=torch.tensor([50, 30, 41]),
     )
     scheduled = [block, decode, draft]
     batch = Batch.build(scheduled, BatchLimits(4, 3, 64))
