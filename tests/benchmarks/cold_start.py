@@ -176,12 +176,14 @@ def main() -> None:
         path = write_checkpoint(Path(name), arguments.layers)
         size = path.stat().st_size
         console.print(f"{size / 1e9:.2f} GB in {path}")
+        load_before = os.getloadavg()[0]
         results = measure(Path(name), path, arguments.device, arguments.repeats, console)
     document = {
         "command": shlex.join(["python", "tests/benchmarks/cold_start.py", *sys.argv[1:]]),
         "machine": describe_machine("torch", "safetensors", "trimode"),
         "device": arguments.device,
         "threads": torch.get_num_threads(),
+        "load_average": {"before": round(load_before, 1), "after": round(os.getloadavg()[0], 1)},
         "file_bytes": size,
         "repeats": arguments.repeats,
         "results": results,
