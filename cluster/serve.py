@@ -24,6 +24,7 @@ from rich.table import Table
 
 from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
 from trimode.cluster.config import ClusterConfig
+from trimode.cluster.model_folder import fetch
 from trimode.replicas.errors import ConfigError, Unavailable
 from trimode.replicas.model.source import label
 
@@ -35,8 +36,14 @@ POLL_S = 0.2
 
 
 def run(config: ClusterConfig, ray_address: str | None) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError or Unavailable where it cannot start."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises ConfigError, CheckpointError or Unavailable where it cannot start.
+    """
     console = Console(highlight=False)
+    if ray_address is None:
+        _check_port(config)
+        fetch(config.model.source)  # behind a bar; the replicas find it in the cache
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -46,8 +53,6 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    if ray_address is None:
-        _check_port(config)
     try:
         _start(config, ray_address, console, stop)
         if not stop.is_set():

@@ -139,8 +139,8 @@ def _explain(model: HubModel, error: Exception) -> CheckpointError:
             "gated, set HF_TOKEN"
         )
     return CheckpointError(
-        f"{model} is not in the cache and the hub cannot be reached "
-        f"({type(error).__name__}: {error}). Download it on a machine that can "
+        f"{model} is not in the cache and cannot be had from the hub "
+        f"({type(error).__name__}: {error}). Download it on a machine that can reach one "
         f"(hf download {model.name}{f' --revision {model.revision}' if model.revision else ''} "
         "--local-dir FOLDER), copy the folder here and give its path as the model"
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import structlog
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from trimode.replicas.model.checkpoint_files import (
     ADAPTER_FILE,
@@ -57,7 +56,8 @@ def load_model(
     stored = locate_weights(folder, model)
     model = model.to(dtype).to_empty(device=device)
     model.encoder.rotary = type(model.encoder.rotary)(config).to(device)  # not in any file
-    on_loaded(read_tensors(stored, _targets(model), progress=progress))
+    targets = base_targets(model) | adapter_targets(model)
+    on_loaded(read_tensors(stored, targets, progress=progress))
     return model.eval().requires_grad_(False)
 
 
@@ -75,20 +75,25 @@ def locate_weights(folder: Path, model: NemotronLabsDiffusionModel) -> dict[str,
 
     Raises CheckpointError as load_model does; no weight is read.
     """
-    base = {name: tuple(view.shape) for name, view in model.published_tensors().items()}
-    stored = locate(weight_files(folder), base)
+    stored = locate(weight_files(folder), _shapes(base_targets(model)))
     if model.has_draft_adapter:
-        views = model.published_adapter_tensors()
-        shapes = {name: tuple(view.shape) for name, view in views.items()}
-        stored |= locate([folder / ADAPTER_FILE], shapes)
+        stored |= locate([folder / ADAPTER_FILE], _shapes(adapter_targets(model)))
     return stored
 
 
-def _targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
-    views: dict[str, Tensor] = model.published_tensors()
-    if model.has_draft_adapter:
-        views |= model.published_adapter_tensors()
+def base_targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
+    """Where each tensor of the base weights goes."""
+    return {name: Target(view) for name, view in model.published_tensors().items()}
+
+
+def adapter_targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
+    """Where each tensor of the draft adapter goes; none where the model has no adapter."""
+    views = model.published_adapter_tensors() if model.has_draft_adapter else {}
     return {name: Target(view) for name, view in views.items()}
+
+
+def _shapes(targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:
+    return {name: target.stored_shape for name, target in targets.items()}
 
 
 def save_model(model: NemotronLabsDiffusionModel, folder: Path, dtype: torch.dtype) -> None:

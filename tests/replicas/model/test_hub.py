@@ -135,7 +135,14 @@ def test_a_cache_that_cannot_be_written_only_costs_the_note(hub: Hub, tmp_path: 
 
 
 def test_a_hub_that_is_down_says_how_to_do_without(hub: Hub) -> None:
-    fails(MODEL, down(hub), f"{NAME}@{COMMIT}", "cannot be reached", f"hf download {NAME}", "path")
+    fails(
+        MODEL,
+        down(hub),
+        f"{NAME}@{COMMIT}",
+        "cannot be had from the hub",
+        f"hf download {NAME}",
+        "path",
+    )
 
 
 def test_half_a_model_is_not_served_when_the_hub_is_down(hub: Hub) -> None:
@@ -162,7 +169,7 @@ def test_an_unpinned_model_can_be_had_at_once(hub: Hub) -> None:
 
 
 def test_the_head_of_a_hub_that_is_down_is_the_one_seen_last(hub: Hub) -> None:
-    with pytest.raises(CheckpointError, match="cannot be reached"):
+    with pytest.raises(CheckpointError, match="cannot be had from the hub"):
         pin(HubModel(NAME), down(hub))
     pin(HubModel(NAME), hub)
     assert pin(HubModel(NAME), down(hub)) == MODEL
@@ -194,7 +201,7 @@ def test_the_environment_names_hub_and_cache_and_forbids_to_ask(hub: Hub, tmp_pa
     offline = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1"}
     refused = run_elsewhere(tmp_path, **offline)
     assert refused.returncode == 1
-    assert "cannot be reached (OfflineModeIsEnabled" in refused.stderr
+    assert "cannot be had from the hub (OfflineModeIsEnabled" in refused.stderr
     done = run_elsewhere(tmp_path, HF_ENDPOINT=hub.endpoint)
     assert done.stdout.strip() == str(tmp_path / "hub/models--org--model/snapshots" / COMMIT)
     again = run_elsewhere(tmp_path, **offline)
