@@ -65,8 +65,8 @@ class Layout:
         block_n = min(MAX_BLOCK_N, max(16, block_bytes // slot_bytes))
         if block_m >= 64 and not device.has_wide_products:
             block_n = min(block_n, 32)
-        # A split's sums are written and read once more in float32: at most half of what its KV is.
-        min_split_len = max(block_n, 4 * block_m)
+        # A split's sums are written and read once more in float32: no more bytes than its KV has.
+        min_split_len = max(block_n, 2 * block_m)
         num_splits = 1
         if not inputs.batch_invariant:
             num_parts = num_kv_heads * triton.cdiv(group, heads)
@@ -78,7 +78,7 @@ class Layout:
         return cls(
             heads, block_m, block_n, min_split_len, num_splits,
             num_warps=8 if block_m >= (128 if has_tensor_cores else 32) else 4,
-            num_stages=NUM_STAGES if has_tensor_cores else 2,
+            num_stages=NUM_STAGES if has_tensor_cores else 3,
         )  # fmt: skip
 
 

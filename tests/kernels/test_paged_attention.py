@@ -189,8 +189,8 @@ def test_splits_of_the_context_add_up(
     num_splits: int, dtype: torch.dtype, device: str, assert_near: Callable[..., None]
 ) -> None:
     # Whole splits, a part of one, and sequences that do not reach the later ones.
-    sequences = [(1, 200, CAUSAL), (1, 64, CAUSAL), (1, 65, CAUSAL), (3, 130, BLOCK)]
-    case = build([*sequences, (1, 1, CAUSAL)], dtype=dtype, num_padding=2)
+    sequences = [(1, 200, CAUSAL), (1, 64, CAUSAL), (1, 65, CAUSAL), (30, 130, BLOCK)]
+    case = build([*sequences, (1, 1, CAUSAL)], group=4, dtype=dtype, num_padding=2)
     got = kernel(device, case, num_splits)
     assert_near("attention", got, naive(case), RATIOS[dtype])
     assert (got[-2:] == 0).all()
