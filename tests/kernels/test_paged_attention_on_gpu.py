@@ -16,7 +16,7 @@ from trimode.kernels.paged_attention import paged_attention_reference, paged_att
 pytestmark = pytest.mark.gpu
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
-RATIO = 8e-3  # bfloat16
+RATIO = 5e-3  # bfloat16
 Sequences = list[tuple[int, int, bool]]  # rows, context, do rows see all of it
 
 PASSES: dict[str, Sequences] = {
