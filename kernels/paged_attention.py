@@ -7,8 +7,10 @@ byte. With G = 4 and bfloat16 that is 4 a byte for a decode row and 128 for a bl
 H100 could do about 300: decode and blocks are bound by memory. A prompt's tiles of 32 rows read the
 same KV at the same time, from the L2 cache, and are bound by the tensor cores.
 
-Of a decode step's bytes all but the slots behind the last one of a page are needed. Of its products
-(G of 16 rows) three quarters are zeros, in time that waiting for memory leaves over.
+Slots behind a context's end are not read. What a decode step moves beyond its KV, queries and
+results are the sums of splits: 8 G head_dim bytes against 2 b head_dim a slot of the split, an
+eighth at the shortest (64 slots). Of its products (G of 16 rows) three quarters are zeros, in time
+that waiting for memory leaves over.
 """
 
 from math import e, log2
