@@ -83,14 +83,14 @@ class AttentionInputs:
         num_sequences = len(page_table) if num_sequences is None else num_sequences
         size = tile_len(num_tokens, num_sequences, batch_invariant)
         cuts = _cut(query_start, num_tokens, size)
-        num_tiles = len(cuts)
         if is_padded:
-            num_tiles = max_num_tiles(num_tokens, num_sequences, batch_invariant)
+            most = max_num_tiles(num_tokens, num_sequences, batch_invariant)
+            cuts = _filled(cuts, (most, 3))
         pages = page_table.shape[1] if num_pages is None else num_pages
         return cls(
-            visible=_filled(visible, tensor, num_tokens),
-            page_table=_filled(page_table, tensor, num_sequences, pages),
-            tiles=_filled(cuts, tensor, num_tiles, 3),
+            visible=_on_device(visible, (num_tokens,), tensor),
+            page_table=_on_device(page_table, (num_sequences, pages), tensor),
+            tiles=tensor(cuts),
             page_size=page_size,
             tile_len=size,
             batch_invariant=batch_invariant,
@@ -117,26 +117,32 @@ class AttentionInputs:
         return self._reference
 
 
-def _filled(
-    values: np.ndarray | Tensor, tensor: Callable[[np.ndarray], Tensor], *shape: int
+def _on_device(
+    values: np.ndarray | Tensor, shape: tuple[int, ...], tensor: Callable[[np.ndarray], Tensor]
 ) -> Tensor:
-    """On the device and with zeros up to this shape."""
+    """With zeros up to this shape."""
     if isinstance(values, np.ndarray):
-        array = values.astype(np.int32)
-        if array.shape != shape:
-            array = np.zeros(shape, dtype=np.int32)
-            array[tuple(map(slice, values.shape))] = values
-        return tensor(array)
+        return tensor(_filled(values, shape))
     if values.shape == shape:
         return values
     missing = [(0, size - given) for size, given in zip(shape, values.shape, strict=True)]
     return functional.pad(values, tuple(chain.from_iterable(reversed(missing))))
 
 
+def _filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """As int32, with zeros up to this shape."""
+    if array.shape == shape:
+        return array.astype(np.int32, copy=False)
+    filled = np.zeros(shape, dtype=np.int32)
+    filled[tuple(map(slice, array.shape))] = array
+    return filled
+
+
 def _cut(query_start: np.ndarray, num_tokens: int, size: int) -> np.ndarray:
-    """[num_tiles, 3]: sequence, first row and end row of every tile, in the order of rows."""
+    """[num_tiles, 3] int32: sequence, first row and end row of every tile, in the order of rows."""
     num_sequences = len(query_start) - 1
-    if query_start[-1] < num_tokens:
+    has_padding = query_start[-1] < num_tokens
+    if has_padding:
         query_start = np.append(query_start, num_tokens)
     first, end = query_start[:-1], query_start[1:]
     lens = end - first
@@ -147,6 +153,9 @@ def _cut(query_start: np.ndarray, num_tokens: int, size: int) -> np.ndarray:
         index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)
         first = first[owner] + index * size
         end = np.minimum(first + size, end[owner])
-    # The sequence of padding rows does not matter, but it must be in the page table.
-    owner[owner == num_sequences] = 0
-    return np.stack((owner, first, end), axis=1)
+    cuts = np.empty((len(owner), 3), dtype=np.int32)
+    cuts[:, 0], cuts[:, 1], cuts[:, 2] = owner, first, end
+    if has_padding:
+        # The sequence of padding rows does not matter, but it must be in the page table.
+        cuts[owner == num_sequences, 0] = 0
+    return cuts

@@ -65,20 +65,25 @@ class Layout:
         block_n = min(MAX_BLOCK_N, max(16, block_bytes // slot_bytes))
         if block_m >= 64 and not device.has_wide_products:
             block_n = min(block_n, 32)
-        # A split's sums are written and read once more in float32: at most half of what its KV is.
-        min_split_len = max(block_n, 4 * block_m)
+        # A split's sums are written and read once more in float32: no more bytes than its KV has.
+        min_split_len = max(block_n, 2 * block_m)
         num_splits = 1
         if not inputs.batch_invariant:
+            # Of sequences of about the same length; there is room for more tiles than that.
+            num_tiles = max(len(inputs.page_table), triton.cdiv(len(query), inputs.tile_len))
             num_parts = num_kv_heads * triton.cdiv(group, heads)
             num_splits = choose_num_splits(
-                len(inputs.tiles) * num_parts,
-                device.num_multiprocessors * (2 if block_m <= 32 else 1),
+                num_tiles * num_parts,
+                device.num_multiprocessors * (2 if block_m < 128 else 1),
                 triton.cdiv(inputs.page_table.shape[1] * inputs.page_size, min_split_len),
             )
+        # At 64 rows, wide products keep one more buffer of KV by themselves: with fewer stages two
+        # programs fit a multiprocessor, and one computes while the other waits.
+        has_own_buffer = block_m == 64 and device.has_wide_products
         return cls(
             heads, block_m, block_n, min_split_len, num_splits,
             num_warps=8 if block_m >= (128 if has_tensor_cores else 32) else 4,
-            num_stages=NUM_STAGES if has_tensor_cores else 2,
+            num_stages=NUM_STAGES if has_tensor_cores and not has_own_buffer else 3,
         )  # fmt: skip
 
 

@@ -69,18 +69,18 @@ def build_tiles(
     """Single-row tiles apart from longer ones, so that decode rows are not padded. Rows that see
     nothing are in none.
     """
-    cuts = cuts[(cuts[:, 1] < cuts[:, 2]) & (visible[cuts[:, 1]] > 0)]
-    if len(cuts) == 0:
-        return []
+    if cuts[-1, 2] < len(visible) or not visible.all():
+        cuts = cuts[(cuts[:, 1] < cuts[:, 2]) & (visible[cuts[:, 1]] > 0)]
+        if len(cuts) == 0:
+            return []
     owner, first, end = cuts.T
     is_other = owner[1:] != owner[:-1]
-    if not is_other.all():
+    if np.count_nonzero(is_other) < len(is_other):
         # The cuts of a sequence are put together again: other sizes are right here.
         owner, first = cuts[np.append(True, is_other), :2].T
         end = end[np.append(is_other, True)]
     is_single = end - first == 1
-    num_single = np.count_nonzero(is_single)
-    if num_single in (0, len(first)):
+    if np.count_nonzero(is_single) in (0, len(first)):
         return [_tiles(owner, first, end, visible, page_table, page_size, device)]
     return [
         _tiles(owner[members], first[members], end[members], visible, page_table, page_size, device)
@@ -111,7 +111,7 @@ def _tiles(
     mask = position < np.where(is_empty, reach, seen)[..., None]
     are_all_rows = rows.size == num_tokens and bool((rows.ravel() == np.arange(num_tokens)).all())
     return Tiles(
-        rows=torch.as_tensor(rows, device=device),
+        rows=torch.as_tensor(rows.astype(np.int64, copy=False), device=device),
         slots=torch.as_tensor(slots, device=device),
         mask=None if mask.all() else torch.as_tensor(mask[:, None], device=device),
         are_all_rows=are_all_rows,
@@ -125,7 +125,7 @@ def _cut(first: np.ndarray, end: np.ndarray, num_tokens: int) -> tuple[np.ndarra
     lens = end - first
     tile_len = min(MAX_TILE_LEN, int(lens.max()))
     if tile_len == 1:
-        return np.arange(len(first)), first[:, None].astype(np.int64)
+        return np.arange(len(first)), first[:, None]
     tiles_of = -(-lens // tile_len)
     owner = np.repeat(np.arange(len(first)), tiles_of)
     index = np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)

@@ -7,8 +7,10 @@ byte. With G = 4 and bfloat16 that is 4 a byte for a decode row and 128 for a bl
 H100 could do about 300: decode and blocks are bound by memory. A prompt's tiles of 32 rows read the
 same KV at the same time, from the L2 cache, and are bound by the tensor cores.
 
-Of a decode step's bytes all but the slots behind the last one of a page are needed. Of its products
-(G of 16 rows) three quarters are zeros, in time that waiting for memory leaves over.
+Slots behind a context's end are not read. What a decode step moves beyond its KV, queries and
+results are the sums of splits: 8 G head_dim bytes against 2 b head_dim a slot of the split, an
+eighth at the shortest (64 slots). Of its products (G of 16 rows) three quarters are zeros, in time
+that waiting for memory leaves over.
 """
 
 from math import e, log2
@@ -26,6 +28,8 @@ from trimode.kernels.kv_cache import KVCache
 # What changes from pass to pass must not compile a kernel anew.
 SIZES = ("num_tokens", "table_stride", "num_splits")
 LISTS = ("visible_ptr", "page_table_ptr", "tiles_ptr")
+
+COMBINED_LANES = 16  # of a program: few, as a long context of few sequences has few tiles
 
 # Lower than any score and finite, so that the difference of two of them is not NaN.
 LOWEST = tl.constexpr(-1e38)
@@ -56,10 +60,10 @@ def paged_attention_reference(
 
 @triton.jit
 def _lanes(
-    tiles_ptr, visible_ptr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    tiles_ptr, visible_ptr, first_lane,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, NUM_LANES: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile: its sequence, and of each lane [BLOCK_M] the row, the query head,
+    """This program's tile: its sequence, and of each lane [NUM_LANES] the row, the query head,
     whether there is such a one, and what it sees. Heads of a row are neighbours, as in memory.
     """
     # Later rows see more: the longest programs start first.
@@ -68,7 +72,7 @@ def _lanes(
     first = tl.load(tiles_ptr + tile * 3 + 1).to(tl.int32)
     end = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int32)
     parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    lane = tl.arange(0, BLOCK_M)
+    lane = first_lane + tl.arange(0, NUM_LANES)
     row = first + lane // HEADS
     member = tl.program_id(1) % parts * HEADS + lane % HEADS
     inside = (row < end) & (member < GROUP)
@@ -144,7 +148,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Program (tile, KV head and part of its query heads, split)."""
     GROUP: tl.constexpr = num_heads // num_kv_heads
-    sequence, row, head, inside, visible = _lanes(tiles_ptr, visible_ptr, GROUP, HEADS, BLOCK_M)
+    sequence, row, head, inside, visible = _lanes(tiles_ptr, visible_ptr, 0, GROUP, HEADS, BLOCK_M)
     if tl.max(inside.to(tl.int32), 0) == 0:
         return
     reach = tl.max(visible, 0)
@@ -199,23 +203,27 @@ def _combine_kernel(
     num_tokens, num_splits,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    MIN_SPLIT_LEN: tl.constexpr,
+    MIN_SPLIT_LEN: tl.constexpr, NUM_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, KV head and part of its query heads): its splits, in their order."""
-    _, row, head, inside, visible = _lanes(
-        tiles_ptr, visible_ptr, num_heads // num_kv_heads, HEADS, BLOCK_M
+    """Program (tile, KV head and part of its query heads, some of these lanes): their splits, in
+    order.
+    """
+    GROUP: tl.constexpr = num_heads // num_kv_heads
+    _, _, _, _, seen = _lanes(tiles_ptr, visible_ptr, 0, GROUP, HEADS, BLOCK_M)
+    reach = tl.max(seen, 0)
+    _, row, head, inside, _ = _lanes(
+        tiles_ptr, visible_ptr, tl.program_id(2) * NUM_LANES, GROUP, HEADS, NUM_LANES
     )
     if tl.max(inside.to(tl.int32), 0) == 0:
         return
-    reach = tl.max(visible, 0)
     num_live = tl.maximum(tl.cdiv(reach, _split_len(reach, num_splits, MIN_SPLIT_LEN)), 1)
     dims = tl.arange(0, HEAD_DIM)
     mask = inside[:, None] & (dims < head_dim)[None, :]
     place = row * num_heads + head
     stride = tl.cast(num_tokens, tl.int64) * num_heads
-    mixed = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    mixed = tl.zeros([NUM_LANES, HEAD_DIM], dtype=tl.float32)
+    total = tl.zeros([NUM_LANES], dtype=tl.float32)
+    peak = tl.full([NUM_LANES], LOWEST, dtype=tl.float32)
     for split in range(num_live):
         at = place + split * stride
         its_peak = tl.load(weights_ptr + at * 2, mask=inside, other=LOWEST)
@@ -262,7 +270,7 @@ def launch_attention(
     shapes = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
         "HEADS": layout.heads, "HEAD_DIM": padded(head_dim), "BLOCK_M": layout.block_m,
-        "MIN_SPLIT_LEN": layout.min_split_len, "num_warps": layout.num_warps,
+        "MIN_SPLIT_LEN": layout.min_split_len,
     }  # fmt: skip
     num_parts = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, layout.heads)
     num_tiles = len(inputs.tiles)
@@ -270,12 +278,12 @@ def launch_attention(
         query, entries, out, mixed, weights, inputs.visible, inputs.page_table, inputs.tiles,
         num_tokens, inputs.page_table.stride(0), query.stride(0), log2(e) / head_dim**0.5,
         page_size=inputs.page_size, BLOCK_N=layout.block_n, IS_SPLIT=layout.num_splits > 1,
-        num_stages=layout.num_stages, **shapes,
+        num_warps=layout.num_warps, num_stages=layout.num_stages, **shapes,
     )  # fmt: skip
     if layout.num_splits > 1:
-        _combine_kernel[(num_tiles, num_parts)](
+        _combine_kernel[(num_tiles, num_parts, layout.block_m // COMBINED_LANES)](
             mixed, weights, out, inputs.visible, inputs.tiles, num_tokens, layout.num_splits,
-            **shapes,
+            NUM_LANES=COMBINED_LANES, **shapes,
         )  # fmt: skip
     return out
 

@@ -25,7 +25,7 @@ Sequences = list[tuple[int, int, str]]  # rows, KV entries after the write, what
 
 # What rounding alone makes: sums in another order, weights in the dtype of the values, and the last
 # digit of a narrow result.
-RATIOS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+RATIOS = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +189,9 @@ def test_splits_of_the_context_add_up(
     num_splits: int, dtype: torch.dtype, device: str, assert_near: Callable[..., None]
 ) -> None:
     # Whole splits, a part of one, and sequences that do not reach the later ones.
-    sequences = [(1, 200, CAUSAL), (1, 64, CAUSAL), (1, 65, CAUSAL), (3, 130, BLOCK)]
-    case = build([*sequences, (1, 1, CAUSAL)], dtype=dtype, num_padding=2)
+    sequences = [(1, 200, CAUSAL), (1, 64, CAUSAL), (1, 65, CAUSAL), (30, 130, BLOCK)]
+    sequences.append((1, 1, CAUSAL))
+    case = build(sequences, num_kv_heads=1, group=4, dtype=dtype, num_padding=2)
     got = kernel(device, case, num_splits)
     assert_near("attention", got, naive(case), RATIOS[dtype])
     assert (got[-2:] == 0).all()
@@ -229,7 +230,9 @@ def test_a_row_that_sees_nothing_leaves_its_tile_alone(device: str) -> None:
     wanted = kernel(device, case)
     wanted[1] = 0
     case.visible[1] = 0
-    assert torch.equal(kernel(device, case), wanted)
+    got = kernel(device, case)
+    assert (got[1] == 0).all()
+    torch.testing.assert_close(got, wanted)
 
 
 def test_a_row_does_not_depend_on_the_other_sequences(

@@ -240,8 +240,8 @@ def layouts(chosen: Layout) -> Iterator[Layout]:
         yield replace(
             chosen, block_n=block_n, num_warps=num_warps, num_stages=num_stages, min_split_len=least
         )
-    for num_splits in (1, 2, 4, 8, 16, 32):
-        yield replace(chosen, num_splits=num_splits)
+    for num_splits, min_split_len in product((1, 2, 4, 8, 16, 32), (64, 256, 1024)):
+        yield replace(chosen, num_splits=num_splits, min_split_len=min_split_len)
 
 
 def sweep(case: Case, time_us: Callable[[Call], float]) -> list[dict[str, Any]]:
