@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trimode.kernels.accept import accept_triton
 from trimode.kernels.activation import silu_mul_triton
 from trimode.kernels.draft_adapter import add_draft_adapter_triton
 from trimode.kernels.norm import add_rms_norm_triton
 from trimode.kernels.paged_attention import paged_attention_triton
 from trimode.kernels.rope import rotate_and_write_triton
+from trimode.kernels.sampling import sample_triton
 from trimode.replicas import rank_runner
 from trimode.replicas.engine import Engine
 from trimode.replicas.model import layers
@@ -32,6 +34,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (layers, "add_draft_adapter", add_draft_adapter_triton),
         (rank_runner, "rotate_and_write", rotate_and_write_triton),
         (rank_runner, "paged_attention", paged_attention_triton),
+        (rank_runner, "sample", sample_triton),
+        (rank_runner, "accept", accept_triton),
     ):
         monkeypatch.setattr(module, name, launcher)
 
@@ -39,7 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(make_request: Any) -> list[Any]:
     """One request a mode; a prompt that is longer than a page and one that is not."""
     return [
-        make_request(AR, 9, 4, "ar", ignore_eos=True),
+        make_request(AR, 9, 4, "ar", ignore_eos=True, temperature=0.8, top_k=9, top_p=0.9),
         make_request(SPECULATION, 3, 6, "spec", block_size=4, ignore_eos=True),
         make_request(DIFFUSION, 5, 4, "diffusion", block_size=4, ignore_eos=True),
     ]
