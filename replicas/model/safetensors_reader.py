@@ -161,7 +161,8 @@ def _ranges_of(name: str, stored: StoredTensor, target: Target) -> Iterator[_Ran
 @contextmanager
 def _reader(ranges: Sequence[_Range]) -> Iterator["_Reader"]:
     """What reads these ranges. Their views are complete on the device once it is left."""
-    device = ranges[0].rows.device if ranges else torch.device("cpu")
+    devices = {one.rows.device for one in ranges} - {torch.device("cpu")}
+    device = devices.pop() if devices else torch.device("cpu")  # some views may be on the host
     staged_bytes = max((one.num_bytes for one in ranges if not one.is_direct), default=0)
     with ExitStack() as stack:
         files = {
