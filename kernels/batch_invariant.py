@@ -36,6 +36,7 @@ class Tile:
     step: int  # of the sum, at once
     num_steps: int  # of each part of the sum
     num_parts: int
+    num_warps: int
     num_stages: int
     # Products of float8 that a tensor core adds with fewer digits before they join the sum.
     imprecise: int
@@ -56,8 +57,9 @@ class Tile:
             num_parts *= 2
         num_steps = triton.cdiv(num_steps, num_parts)
         num_parts = triton.cdiv(in_features, num_steps * step)
-        imprecise = step if dtype == FP8 else 0
-        return cls(rows, columns, step, num_steps, num_parts, num_stages, imprecise)
+        # Those sums are kept apart for float8, which takes the registers of more warps.
+        num_warps, imprecise = (8, step) if dtype == FP8 else (4, 0)
+        return cls(rows, columns, step, num_steps, num_parts, num_warps, num_stages, imprecise)
 
 
 def product_reference(
@@ -78,22 +80,34 @@ def product_reference(
 
 @triton.jit
 def _tile_sum(
-    x_ptr, weight_ptr, rows, columns, part,
-    num_rows, out_features: tl.constexpr, in_features: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STEPS: tl.constexpr,
+    x_ptr,  # [rows_left, in_features]: of the tile and below
+    weight_ptr,  # [columns_left, in_features], likewise
+    rows_left,
+    columns_left,
+    in_features,
+    part,
+    num_steps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     IMPRECISE: tl.constexpr,
-):  # fmt: skip
+):
     """One part of the sum of a tile, [BLOCK_M, BLOCK_N] float32."""
-    inner = tl.arange(0, BLOCK_K)
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    x_mask, weight_mask = (rows < rows_left)[:, None], (columns < columns_left)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(NUM_STEPS):
-        at = (part * NUM_STEPS + step) * BLOCK_K + inner
-        x_mask = (rows < num_rows)[:, None] & (at < in_features)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * in_features + at[None, :], mask=x_mask, other=0.0)
-        weight_mask = (columns < out_features)[None, :] & (at < in_features)[:, None]
-        weight = tl.load(
-            weight_ptr + columns[None, :] * in_features + at[:, None], mask=weight_mask, other=0.0
-        )
+    for step in range(num_steps):
+        at = (part * num_steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_at = x_ptr + rows[:, None] * in_features + at[None, :]
+        weight_at = weight_ptr + columns[None, :] * in_features + at[:, None]
+        if IS_RAGGED:
+            x = tl.load(x_at, mask=x_mask & (at < in_features)[None, :], other=0.0)
+            inside = weight_mask & (at < in_features)[:, None]
+            weight = tl.load(weight_at, mask=inside, other=0.0)
+        else:
+            x = tl.load(x_at, mask=x_mask, other=0.0)
+            weight = tl.load(weight_at, mask=weight_mask, other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee", max_num_imprecise_acc=IMPRECISE)
     return total
 
@@ -106,15 +120,16 @@ def _product_kernel(
     weight_scales_ptr,  # [out_features] float32
     out_ptr,  # [num_rows, out_features], or IS_PART [NUM_PARTS, num_rows, out_features] float32
     num_rows,
-    out_features: tl.constexpr,
-    in_features: tl.constexpr,
+    out_features,
+    in_features,
+    num_steps,
     NUM_PARTS: tl.constexpr,
     IS_PART: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NUM_STEPS: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     IMPRECISE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -126,25 +141,33 @@ def _product_kernel(
     first = tl.program_id(0) // in_group * GROUP
     group = tl.minimum(num_row_tiles - first, GROUP)
     index = tl.program_id(0) % in_group
-    rows = (first + index % group).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (index // group).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = (first + index % group).to(tl.int64) * BLOCK_M
+    column = (index // group).to(tl.int64) * BLOCK_N
+    rows_left, columns_left = (num_rows - row).to(tl.int32), (out_features - column).to(tl.int32)
+    x_ptr += row * in_features
+    weight_ptr += column * in_features
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    total = _tile_sum(
-        x_ptr, weight_ptr, rows, columns, part, num_rows, out_features, in_features,
-        BLOCK_M, BLOCK_N, BLOCK_K, NUM_STEPS, IMPRECISE,
-    )  # fmt: skip
-    if not IS_PART:
-        for later in range(1, NUM_PARTS):
+    if IS_PART:
+        total = _tile_sum(
+            x_ptr, weight_ptr, rows_left, columns_left, in_features, part, num_steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, IS_RAGGED, IMPRECISE,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for each in range(NUM_PARTS):
             total += _tile_sum(
-                x_ptr, weight_ptr, rows, columns, later, num_rows, out_features, in_features,
-                BLOCK_M, BLOCK_N, BLOCK_K, NUM_STEPS, IMPRECISE,
+                x_ptr, weight_ptr, rows_left, columns_left, in_features, each, num_steps,
+                BLOCK_M, BLOCK_N, BLOCK_K, IS_RAGGED, IMPRECISE,
             )  # fmt: skip
         if HAS_SCALES:
-            x_scales = tl.load(x_scales_ptr + rows, mask=rows < num_rows, other=0.0)
-            scales = tl.load(weight_scales_ptr + columns, mask=columns < out_features, other=0.0)
+            x_scales = tl.load(x_scales_ptr + row + rows, mask=rows < rows_left, other=0.0)
+            scales_at = weight_scales_ptr + column + columns
+            scales = tl.load(scales_at, mask=columns < columns_left, other=0.0)
             total = total * x_scales[:, None] * scales[None, :]
-    inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
-    offsets = (part.to(tl.int64) * num_rows + rows[:, None]) * out_features + columns[None, :]
+    inside = (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
+    out_ptr += (part.to(tl.int64) * num_rows + row) * out_features + column
+    offsets = rows[:, None] * out_features + columns[None, :]
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -155,7 +178,7 @@ def _sum_parts_kernel(
     weight_scales_ptr,  # [out_features] float32
     out_ptr,  # [num_rows, out_features]
     num_rows,
-    out_features: tl.constexpr,
+    out_features,
     NUM_PARTS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -166,8 +189,8 @@ def _sum_parts_kernel(
     inside = columns < out_features
     offsets = row * out_features + columns
     size = num_rows.to(tl.int64) * out_features  # of a part
-    total = tl.load(parts_ptr + offsets, mask=inside, other=0.0)
-    for part in tl.static_range(1, NUM_PARTS):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(NUM_PARTS):
         total += tl.load(parts_ptr + part * size + offsets, mask=inside, other=0.0)
     if HAS_SCALES:
         scales = tl.load(weight_scales_ptr + columns, mask=inside, other=0.0)
@@ -190,14 +213,15 @@ def product_triton(
     x_scales, weight_scales = (out, out) if scales is None else scales  # out: never read
     _product_kernel[(num_tiles, num_parts)](
         x, weight, x_scales, weight_scales, into, num_rows,
-        out_features=out_features, in_features=in_features,
+        out_features, in_features, tile.num_steps,
         NUM_PARTS=tile.num_parts, IS_PART=in_parts, HAS_SCALES=scales is not None,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.step, NUM_STEPS=tile.num_steps,
-        IMPRECISE=tile.imprecise, GROUP=GROUP, num_warps=4, num_stages=tile.num_stages,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.step,
+        IS_RAGGED=tile.num_parts * tile.num_steps * tile.step > in_features,
+        IMPRECISE=tile.imprecise, GROUP=GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if in_parts:
         _sum_parts_kernel[(triton.cdiv(out_features, SUM_BLOCK), num_rows)](
-            into, x_scales, weight_scales, out, num_rows, out_features=out_features,
+            into, x_scales, weight_scales, out, num_rows, out_features,
             NUM_PARTS=tile.num_parts, HAS_SCALES=scales is not None, BLOCK=SUM_BLOCK, num_warps=4,
         )  # fmt: skip
     return out

@@ -51,7 +51,7 @@ def test_products_of_float8_are_those_of_the_same_quantised_operands(
 
 
 @pytest.mark.parametrize("dtype", [*RATIOS, FP8], ids=str)
-@pytest.mark.parametrize(("out_features", "in_features"), [(40, 72), (24, 1024)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(40, 72), (24, 2048)])
 def test_a_row_has_the_same_bits_in_any_company_and_place(
     out_features: int, in_features: int, dtype: torch.dtype, device: str
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_place(
 def test_parts_summed_by_one_program_and_by_many_have_the_same_bits(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight = (o.to(dtype) for o in operands(3, 40, 1024, torch.float32, device))
+    x, weight = (o.to(dtype) for o in operands(3, 40, 2048, torch.float32, device))
     tile = Tile.of(*weight.shape, dtype)
     assert tile.num_parts > 1
     by_many = product_triton(x, weight, torch.float32)
@@ -98,22 +98,22 @@ def test_few_rows_keep_a_gpu_busy(name: str) -> None:
 def case(name: str, kind: str, is_part: bool) -> dict[str, Any]:
     """The kernel as it runs on an 8B's weight; kind: of the operands, in Triton's words."""
     dtype = {"bf16": torch.bfloat16, "fp8e4nv": FP8, "fp32": torch.float32}[kind]
-    out_features, in_features = SIZES_8B[name]
-    tile = Tile.of(out_features, in_features, dtype)
+    tile = Tile.of(*SIZES_8B[name], dtype)
     is_fp8 = dtype == FP8
     out = "*fp32" if is_part else "*bf16" if is_fp8 else f"*{kind}"
     return {
         "kernel": "trimode.kernels.batch_invariant:_product_kernel",
         "signature": dict.fromkeys(("x_ptr", "weight_ptr"), f"*{kind}")
         | dict.fromkeys(("x_scales_ptr", "weight_scales_ptr"), "*fp32")
-        | {"out_ptr": out, "num_rows": "i32"},
+        | {"out_ptr": out}
+        | dict.fromkeys(("num_rows", "out_features", "in_features", "num_steps"), "i32"),
+        "aligned": ["out_features", "in_features"],
         "constexprs": {
-            "out_features": out_features, "in_features": in_features,
             "NUM_PARTS": tile.num_parts, "IS_PART": is_part, "HAS_SCALES": is_fp8,
             "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.step,
-            "NUM_STEPS": tile.num_steps, "IMPRECISE": tile.imprecise, "GROUP": GROUP,
+            "IS_RAGGED": False, "IMPRECISE": tile.imprecise, "GROUP": GROUP,
         },
-        "options": {"num_warps": 4, "num_stages": tile.num_stages},
+        "options": {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         "targets": [90, 100] if is_fp8 else [80, 90, 100],
     }  # fmt: skip
 
