@@ -2,6 +2,7 @@
 straight into place where the bytes can stay as they are, else by way of a few staging buffers.
 """
 
+import ctypes
 import os
 import time
 from collections import Counter, deque
@@ -204,7 +205,9 @@ class _Reader:
 
     def _read(self, one: _Range, into: Tensor) -> None:
         """Read the range to the beginning of `into`, contiguous memory of the host."""
-        memory = into.view(torch.uint8).view(-1).numpy().data[: one.num_bytes]
+        assert into.is_contiguous() and into.nbytes >= one.num_bytes
+        # Not by numpy(), after which torch could not free the memory of a quantised weight early.
+        memory = memoryview((ctypes.c_ubyte * one.num_bytes).from_address(into.data_ptr()))
         file, done = self.files[one.stored.path], 0
         try:
             while done < one.num_bytes:
