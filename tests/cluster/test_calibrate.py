@@ -27,12 +27,12 @@ def test_what_is_measured_is_what_was_asked_for(
     asked: list[Any] = []
 
     def build_runner(*args: Any, **settings: Any) -> None:
-        asked.append(settings)
+        asked.append((settings["dtype"], settings["quantization"]))
 
     monkeypatch.setattr(calibrate, "build_runner", build_runner)
     monkeypatch.setattr(calibrate, "measure", lambda *_: PROFILE)
     calibrate.run(tmp_path, "bfloat16", tmp_path / "profile.json", 5.0, "fp8")
-    assert asked == [{"dtype": "bfloat16", "quantization": "fp8"}]
+    assert asked == [("bfloat16", "fp8")]
 
 
 @pytest.mark.parametrize("out", ["missing/profile.json", "profile.txt"])
