@@ -55,6 +55,7 @@ app.command()(chat)
 def calibrate(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="fp8. Default: none.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure, about.")] = 5.0,
     out: Annotated[Path, typer.Option(help="The profile; its plot lies beside it.")] = Path(
         "profile.json"
@@ -63,7 +64,7 @@ def calibrate(
     """Measure this machine's step times, on which block sizes are chosen."""
     from trimode.cluster import calibrate as command
 
-    command.run(parse_source(model), dtype, out, seconds)
+    command.run(parse_source(model), dtype, out, seconds, quantization)
 
 
 app.command()(bench)

@@ -70,6 +70,7 @@ def _pool(config: ClusterConfig, source: ModelSource, pool: PoolSettings) -> App
         config.model.dtype,
         max(1, int(pool.cpus)),
         engine,
+        quantization=config.model.quantization,
         governed=pool.governed,
         profile=pool.profile,
     )

@@ -18,7 +18,9 @@ from trimode.replicas.step_profile import StepProfile
 LONG_CONTEXT_PAGES = 2048  # 32,768 slots: 16 sequences of the longest context measured
 
 
-def run(model: ModelSource, dtype: str, out: Path, seconds: float) -> None:
+def run(
+    model: ModelSource, dtype: str, out: Path, seconds: float, quantization: str | None = None
+) -> None:
     """Measure for about so many seconds, print, write `out` and the picture beside it. Raises
     TrimodeError.
     """
@@ -29,7 +31,7 @@ def run(model: ModelSource, dtype: str, out: Path, seconds: float) -> None:
     if out.suffix != ".json":
         raise ConfigError(f"--out must end in .json, is {out.name}")
     console = Console(stderr=True)
-    profile = _measure(fetch(model), dtype, seconds, console)
+    profile = _measure(fetch(model), dtype, quantization, seconds, console)
     profile.save(out)
     picture = out.with_suffix(".png")
     plot(profile, picture)
@@ -37,13 +39,16 @@ def run(model: ModelSource, dtype: str, out: Path, seconds: float) -> None:
     console.print(f"wrote {out} and {picture}", highlight=False, soft_wrap=True)
 
 
-def _measure(folder: Path, dtype: str, seconds: float, console: Console) -> StepProfile:
+def _measure(
+    folder: Path, dtype: str, quantization: str | None, seconds: float, console: Console
+) -> StepProfile:
     config = EngineConfig(num_pages=LONG_CONTEXT_PAGES)
     with loading_bars(label(folder)) as bars:
         runner = build_runner(
             folder,
             config,
             dtype=dtype,
+            quantization=quantization,
             progress=bars.on_load,
             on_loaded=bars.on_loaded,
             on_capture=bars.on_capture,

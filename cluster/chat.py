@@ -28,6 +28,7 @@ def run(
     *,
     model: ModelSource,
     dtype: str,
+    quantization: str | None = None,
     address: str | None,
     max_context: int,
 ) -> None:
@@ -37,7 +38,10 @@ def run(
     fails is told and the conversation goes on; elsewhere it raises TrimodeError.
     """
     is_terminal = sys.stdin.isatty()
-    source = _remote(address) if address else _local(request, fetch(model), dtype, max_context)
+    if address:
+        source = _remote(address)
+    else:
+        source = _local(request, fetch(model), dtype, quantization, max_context)
     with source as (name, generate):
         dialogue = Dialogue(generate, request)
         if is_terminal:
@@ -131,11 +135,20 @@ def _remote(address: str) -> Iterator[tuple[str, Generate]]:
 
 @contextmanager
 def _local(
-    request: pb.GenerateRequest, folder: Path, dtype: str, max_context: int
+    request: pb.GenerateRequest,
+    folder: Path,
+    dtype: str,
+    quantization: str | None,
+    max_context: int,
 ) -> Iterator[tuple[str, Generate]]:
     model, name = LocalModel(folder, max_context), label(folder)
     _check_template(model.has_chat_template, name)
-    model.load(dtype=dtype, adapter=request.use_draft_adapter, quiet=not sys.stderr.isatty())
+    model.load(
+        dtype=dtype,
+        quantization=quantization,
+        adapter=request.use_draft_adapter,
+        quiet=not sys.stderr.isatty(),
+    )
     yield name, model.generate
 
 

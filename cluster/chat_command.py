@@ -25,6 +25,7 @@ def chat(
     seed: Annotated[OptInt, typer.Option(help="Of the sampling noise.")] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Draft without it.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="fp8. Default: none.")] = None,
     max_context: Annotated[
         int, typer.Option(min=1, help="Most tokens of the conversation, in process.")
     ] = 8192,
@@ -44,5 +45,10 @@ def chat(
         }
     )
     command.run(
-        request, model=parse_source(model), dtype=dtype, address=address, max_context=max_context
+        request,
+        model=parse_source(model),
+        dtype=dtype,
+        quantization=quantization,
+        address=address,
+        max_context=max_context,
     )

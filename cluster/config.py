@@ -20,12 +20,17 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """Which checkpoint, and in which precision: a folder or a hub's model, else the bundled one."""
+    """Which checkpoint, and in which precision: a folder or a hub's model, else the bundled one.
+
+    It is the same in every pool: the same request gets the same tokens in each, and prefixes found
+    in one count in all.
+    """
 
     path: Path | None = None  # a model folder, the same on every node
     name: str | None = None  # org/name on a hub; each node downloads it once
     revision: str | None = None  # of name, a full commit hash; None: the known one, or the head
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    quantization: Literal["fp8"] | None = None  # of the decoder's projections
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
@@ -56,6 +61,7 @@ class EngineSettings(_Settings):
     max_step_tokens: int = Field(2048, ge=1)
     prefix_cache: bool = True
     launch_ahead: bool | None = None
+    batch_invariant: bool = False
     memory_utilization: float = Field(0.9, gt=0, le=1)
     cuda_graphs: bool = True
     graph_memory_mib: int = Field(1024, ge=1)

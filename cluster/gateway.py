@@ -74,6 +74,7 @@ class Gateway:
             has_chat_template=self._tokenizer is not None and self._tokenizer.has_chat_template,
             has_draft_adapter=info.has_draft_adapter,
             dtype=info.dtype,
+            quantization=info.quantization or "",
             pools=[self._describe_pool(view) for view in self._dispatcher.views()],
         )
 

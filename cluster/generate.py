@@ -20,6 +20,7 @@ def run(
     *,
     model: ModelSource,
     dtype: str,
+    quantization: str | None = None,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -27,7 +28,8 @@ def run(
     if address:
         answer = _remote(message, address)
     else:
-        answer = _local(message, fetch(model, quiet=as_json), dtype, quiet=as_json)
+        folder = fetch(model, quiet=as_json)
+        answer = _local(message, folder, dtype, quantization, quiet=as_json)
     with answer as output:
         if as_json:
             print_json(output)
@@ -46,12 +48,19 @@ def _remote(message: pb.GenerateRequest, address: str) -> Iterator[Output]:
 
 @contextmanager
 def _local(
-    message: pb.GenerateRequest, folder: Path, dtype: str, *, quiet: bool
+    message: pb.GenerateRequest, folder: Path, dtype: str, quantization: str | None, *, quiet: bool
 ) -> Iterator[Output]:
     """Load the model into this process, with room for this request alone, and step it."""
     model = LocalModel(folder)
     request = model.request(message)
     num_positions = len(request.prompt_ids) + request.max_tokens
-    model.load(num_positions, request.n, dtype=dtype, adapter=request.use_adapter, quiet=quiet)
+    model.load(
+        num_positions,
+        request.n,
+        dtype=dtype,
+        quantization=quantization,
+        adapter=request.use_adapter,
+        quiet=quiet,
+    )
     with closing(model.answer(request, is_chat=is_chat(message))) as replies:
         yield Output(replies, request.n, model.has_tokenizer)

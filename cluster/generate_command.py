@@ -93,6 +93,7 @@ def generate(
     ] = "interactive",
     cache_salt: Annotated[OptStr, typer.Option(help="Shares cached pages under it only.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    quantization: Annotated[OptStr, typer.Option(help="fp8. Default: none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[OptStr, typer.Option(help="HOST:PORT of a served cluster.")] = None,
 ) -> None:
@@ -146,5 +147,10 @@ def generate(
         "cache_salt": cache_salt,
     }
     command.run(
-        to_message(fields), model=parse_source(model), dtype=dtype, address=address, as_json=as_json
+        to_message(fields),
+        model=parse_source(model),
+        dtype=dtype,
+        quantization=quantization,
+        address=address,
+        as_json=as_json,
     )

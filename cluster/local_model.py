@@ -61,12 +61,13 @@ class LocalModel:
         num_samples: int = 1,
         *,
         dtype: str,
+        quantization: str | None = None,
         adapter: bool = True,
         quiet: bool = False,
     ) -> None:
         """Load the weights, with room for so many positions of as many samples. Shows progress.
 
-        Raises CheckpointError.
+        Raises CheckpointError and ConfigError.
         """
         config = self._config
         length = min(num_positions or self._max_positions, self._max_positions)
@@ -82,6 +83,7 @@ class LocalModel:
                 self._folder,
                 engine_config,
                 dtype=dtype,
+                quantization=quantization,
                 adapter=adapter,
                 progress=bars.on_load,
                 on_loaded=bars.on_loaded,

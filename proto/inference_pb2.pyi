@@ -232,7 +232,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "vocab_size", "max_positions", "block_size", "eos_token_id", "has_tokenizer", "has_draft_adapter", "dtype", "pools", "has_chat_template")
+    __slots__ = ("name", "vocab_size", "max_positions", "block_size", "eos_token_id", "has_tokenizer", "has_draft_adapter", "dtype", "pools", "has_chat_template", "quantization")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,7 @@ class GetModelResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     vocab_size: int
     max_positions: int
@@ -253,7 +254,8 @@ class GetModelResponse(_message.Message):
     dtype: str
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
     has_chat_template: bool
-    def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., block_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., has_tokenizer: bool = ..., has_draft_adapter: bool = ..., dtype: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., has_chat_template: bool = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., block_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., has_tokenizer: bool = ..., has_draft_adapter: bool = ..., dtype: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., has_chat_template: bool = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("name", "mode", "max_block_size", "replicas", "in_flight", "running", "waiting", "free_pages", "total_pages")

@@ -239,6 +239,7 @@ def _profile(
         model={
             "vocab_size": info.vocab_size,
             "dtype": info.dtype,
+            "quantization": info.quantization,
             "has_draft_adapter": info.has_draft_adapter,
         },
     )

@@ -29,6 +29,7 @@ def build_engine(
     config: EngineConfig,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
     adapter: bool = True,
     governed: bool = False,
     profile: Path | None = None,
@@ -37,7 +38,8 @@ def build_engine(
     on_capture: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Engine:
-    """An engine over a checkpoint's runner, ready to step; dtype as for build_runner.
+    """An engine over a checkpoint's runner, ready to step; dtype and quantization as for
+    build_runner.
 
     governed: a governor picks the block sizes that requests leave open, by the step-time profile in
     the file given, or else by one that is measured now, which takes some seconds. Its prior is the
@@ -48,6 +50,7 @@ def build_engine(
         folder,
         config,
         dtype=dtype,
+        quantization=quantization,
         adapter=adapter,
         progress=progress,
         on_loaded=on_loaded,
@@ -67,6 +70,7 @@ def build_runner(
     config: EngineConfig,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
     adapter: bool = True,
     progress: Progress | None = None,
     on_loaded: Callable[[LoadReport], None] = log_report,
@@ -77,14 +81,21 @@ def build_runner(
 
     progress is told bytes of weights, on_loaded what they took in the end, on_capture sizes of pass
     that a GPU captures. dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is
-    slower and less exact.
-    Raises CheckpointError.
+    slower and less exact. quantization 'fp8' puts the decoder's projections into float8; on a CPU
+    that is right but slow.
+    Raises CheckpointError and ConfigError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     model = load_model(
-        folder, torch_dtype(dtype), device, adapter=adapter, progress=progress, on_loaded=on_loaded
+        folder,
+        torch_dtype(dtype),
+        device,
+        adapter=adapter,
+        quantization=quantization,
+        progress=progress,
+        on_loaded=on_loaded,
     )
     config = settle(model, config)
     rank, graph_keys = start_rank(model, config, on_capture)

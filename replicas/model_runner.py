@@ -76,6 +76,7 @@ class TorchModelRunner:
             mask_id=shape.mask_id,
             has_draft_adapter=model.has_draft_adapter,
             dtype=str(model.diffusion_head.weight.dtype).removeprefix("torch."),
+            quantization=model.quantization,
         )
         self._limits = BatchLimits(
             page_size=config.page_size,

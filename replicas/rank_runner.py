@@ -44,7 +44,7 @@ class RankRunner:
         capture: Capture | None = None,
     ) -> None:
         """capture: how smaller passes are captured; None: none is."""
-        model.pack()
+        model.prepare(batch_invariant=config.batch_invariant)
         self._model = model
         self._page_size = config.page_size
         self._batch_invariant = config.batch_invariant

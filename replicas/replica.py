@@ -22,10 +22,13 @@ class Replica:
         num_threads: int,
         engine: EngineConfig,
         *,
+        quantization: str | None = None,
         governed: bool = True,
         profile: Path | None = None,
     ) -> None:
-        """governed, profile: as for build_engine. Raises CheckpointError and ConfigError."""
+        """quantization, governed, profile: as for build_engine. Raises CheckpointError and
+        ConfigError.
+        """
         # Here and not above: whoever builds or routes to the application names this class without
         # paying for torch.
         import torch
@@ -35,7 +38,12 @@ class Replica:
 
         torch.set_num_threads(num_threads)
         self._engine = build_engine(
-            local_folder(model), engine, dtype=dtype, governed=governed, profile=profile
+            local_folder(model),
+            engine,
+            dtype=dtype,
+            quantization=quantization,
+            governed=governed,
+            profile=profile,
         )
         self._loop = EngineLoop(self._engine)
         self._loop.start()

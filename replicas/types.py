@@ -244,6 +244,7 @@ class ModelInfo:
     mask_id: int
     has_draft_adapter: bool
     dtype: str
+    quantization: str | None = None  # of the decoder's projections; None: of that dtype, too
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ def bench(
     goodput_ttft_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
     goodput_tpot_ms: Annotated[float | None, typer.Option(help="Limit of goodput.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="fp8. Default: none.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch. Default: its own.")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="The governor's, of `calibrate`. Default: measured first.")
@@ -84,6 +85,7 @@ def bench(
         goodput_ttft_ms=goodput_ttft_ms,
         goodput_tpot_ms=goodput_tpot_ms,
         dtype=dtype,
+        quantization=quantization,
         threads=threads,
         profile=profile,
         against=against,

@@ -48,6 +48,7 @@ class Options:
     goodput_ttft_ms: float | None = None  # what a request must keep to be good; None: no limit
     goodput_tpot_ms: float | None = None
     dtype: str = "auto"
+    quantization: str | None = None  # of the decoder's projections
     threads: int | None = None  # of torch; None: as many as it likes
     profile: Path | None = None  # step times for the governor; None: it measures them
     against: str | None = None  # the library to compare with
@@ -79,10 +80,12 @@ class Options:
             if AUTO in self.settings:
                 raise ConfigError("--settings: auto is a router's to resolve; give --address")
         else:
-            for name in ("threads", "profile", "against"):
+            for name in ("quantization", "threads", "profile", "against"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"--{name} is for an engine in this process, not --address")
         if self.against is not None:
+            if self.quantization is not None:
+                raise ConfigError("--against compares the weights as they are: no --quantization")
             if self.against != "transformers":
                 raise ConfigError(f"--against: {self.against!r} is not transformers")
             if self.rates or self.trace or self.settings or self.sampling.temperature:

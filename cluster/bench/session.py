@@ -71,6 +71,7 @@ def _measure_cluster(options: Options, address: str, console: Console) -> Measur
         "machine": describe_machine("trimode", "grpcio"),
         "model": model.name,
         "dtype": model.dtype,
+        "quantization": model.quantization or None,
         "pools": {pool.name: pool.replicas for pool in model.pools},
     }
     return Measured(measure(groups, options.repeats, options.limits, console), facts)
@@ -123,6 +124,7 @@ def _local(
             folder,
             config,
             dtype=options.dtype,
+            quantization=options.quantization,
             governed=governed,
             profile=options.profile,
             progress=bars.on_load,
@@ -133,6 +135,7 @@ def _local(
         "machine": describe_machine("torch", "trimode"),
         "model": label(options.model),
         "dtype": engine.info.dtype,
+        "quantization": engine.info.quantization,
         "threads": torch.get_num_threads(),
     }
     return LocalTarget(engine, encode), facts

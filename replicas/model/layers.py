@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trimode.kernels.activation import silu_mul
 from trimode.kernels.draft_adapter import DraftRows, add_draft_adapter
-from trimode.kernels.linear import linear, pack_weight
+from trimode.kernels.fp8 import Fp8Rows, quantise_rows
+from trimode.kernels.linear import Linear, linear_form
+from trimode.kernels.linear_packed import lay_out
 from trimode.kernels.norm import add_rms_norm
 from trimode.kernels.rope import Rotary
 from trimode.replicas.model.config import ModelConfig, RopeConfig
@@ -92,24 +95,44 @@ class RotaryEmbedding(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A Linear without bias whose weight [out_features, in_features] lies in memory input by input:
-    a product with one row then streams it, about twice as fast on a CPU.
+    """A Linear without bias. To serve, it is given the form of product that is best for its weight,
+    which must not change any more. A quantised one has no weight but that in float8, and serves
+    only once it is prepared.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.weight = nn.Parameter(self.weight.detach().t().contiguous().t())
-        self._packed: Tensor | None = None
+        self._fp8: Fp8Rows | None = None
+        self._linear: Linear | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # it cannot be copied, and the copy may change
+        return {**self.__dict__, "_linear": None}  # it cannot be copied, and the copy may change
 
-    def pack(self) -> None:
-        """Make other products quicker, too; the weight must not change any more."""
-        self._packed = pack_weight(self.weight)
+    def quantise(self, device: torch.device) -> Fp8Rows:
+        """Put the weight into float8 on the device; the wide one is freed, whoever has a view of
+        it.
+        """
+        self._fp8 = quantise_rows(self.weight.detach().to(device))
+        self.weight.untyped_storage().resize_(0)
+        del self.weight
+        return self._fp8
+
+    @property
+    def is_quantised(self) -> bool:
+        return self._fp8 is not None
+
+    def prepare(self, *, batch_invariant: bool) -> None:
+        """Choose the product. Raises ValueError where there is none such."""
+        if self._fp8 is None:
+            weight = lay_out(self.weight.detach())
+            self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        held = self.weight if self._fp8 is None else self._fp8
+        self._linear = linear_form(held, batch_invariant=batch_invariant)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self._packed)
+        if self._linear is None:
+            return functional.linear(x, self.weight)
+        return self._linear(x)
 
 
 class DraftAdapter(nn.Module):

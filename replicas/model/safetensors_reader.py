@@ -2,6 +2,7 @@
 straight into place where the bytes can stay as they are, else by way of a few staging buffers.
 """
 
+import ctypes
 import os
 import time
 from collections import Counter, deque
@@ -161,7 +162,8 @@ def _ranges_of(name: str, stored: StoredTensor, target: Target) -> Iterator[_Ran
 @contextmanager
 def _reader(ranges: Sequence[_Range]) -> Iterator["_Reader"]:
     """What reads these ranges. Their views are complete on the device once it is left."""
-    device = ranges[0].rows.device if ranges else torch.device("cpu")
+    devices = {one.rows.device for one in ranges} - {torch.device("cpu")}
+    device = devices.pop() if devices else torch.device("cpu")  # some views may be on the host
     staged_bytes = max((one.num_bytes for one in ranges if not one.is_direct), default=0)
     with ExitStack() as stack:
         files = {
@@ -203,7 +205,9 @@ class _Reader:
 
     def _read(self, one: _Range, into: Tensor) -> None:
         """Read the range to the beginning of `into`, contiguous memory of the host."""
-        memory = into.view(torch.uint8).view(-1).numpy().data[: one.num_bytes]
+        assert into.is_contiguous() and into.nbytes >= one.num_bytes
+        # Not by numpy(), after which torch could not free the memory of a quantised weight early.
+        memory = memoryview((ctypes.c_ubyte * one.num_bytes).from_address(into.data_ptr()))
         file, done = self.files[one.stored.path], 0
         try:
             while done < one.num_bytes:

@@ -4,6 +4,7 @@ It knows nothing of modes: a pass is token ids, positions, an `Attend` that keep
 and applies the mask, and the rows that run with the draft adapter on.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.rope import Rotary, rotate
-from trimode.replicas.errors import CheckpointError
+from trimode.replicas.errors import CheckpointError, ConfigError
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.layers import (
     DecoderLayer,
@@ -74,25 +75,38 @@ class NemotronLabsDiffusionModel(nn.Module):
         out: Tensor = self.diffusion_head(hidden)
         return out
 
-    def pack(self) -> None:
-        """Get ready to serve on a CPU: the weights must not change any more."""
+    def prepare(self, *, batch_invariant: bool = False) -> None:
+        """Choose every product for serving: the weights must not change any more.
+
+        batch_invariant: a row has the same bits in any batch; changes nothing on a CPU. Raises
+        ConfigError where a product has no such form.
+        """
         for module in self.modules():
             if isinstance(module, Projection):
-                module.pack()
+                try:
+                    module.prepare(batch_invariant=batch_invariant)
+                except ValueError as error:
+                    raise ConfigError(f"engine.batch_invariant: {error}") from None
 
     def add_draft_adapter(self, rank: int, alpha: float) -> None:
         """Give every o_proj an (empty) draft adapter on the model's own device and dtype."""
         for layer in self._layers():
-            weight = layer.self_attn.o_proj.weight
+            weight = layer.input_layernorm.weight
             adapter = DraftAdapter(self.config, rank, alpha)
             layer.self_attn.draft_adapter = adapter.to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def quantization(self) -> str | None:
+        """Of the decoder's projections; None where they are as wide as all else."""
+        return "fp8" if self._layers()[0].mlp.down_proj.is_quantised else None
 
     @property
     def has_draft_adapter(self) -> bool:
         return self._layers()[0].self_attn.draft_adapter is not None
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """Views of the base weights under their names in a checkpoint file.
+        """Views of the base weights under their names in a checkpoint file. Raises CheckpointError
+        where the model is quantised.
 
         Loading copies into these views and saving reads them, so this is the one place that knows
         which of our fused matrices holds what.
@@ -103,21 +117,38 @@ class NemotronLabsDiffusionModel(nn.Module):
             "diffusion_head.weight": self.diffusion_head.weight,
         }
         for index, layer in enumerate(self._layers()):
-            prefix, attention = f"encoder.layers.{index}", layer.self_attn
-            query, key, value = attention.qkv_proj.weight.split(attention.widths, dim=0)
-            gate, up = layer.mlp.gate_up_proj.weight.chunk(2, dim=0)
-            views |= {
-                f"{prefix}.input_layernorm.weight": layer.input_layernorm.weight,
-                f"{prefix}.post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
-                f"{prefix}.self_attn.q_proj.weight": query,
-                f"{prefix}.self_attn.k_proj.weight": key,
-                f"{prefix}.self_attn.v_proj.weight": value,
-                f"{prefix}.self_attn.o_proj.weight": attention.o_proj.weight,
-                f"{prefix}.mlp.gate_proj.weight": gate,
-                f"{prefix}.mlp.up_proj.weight": up,
-                f"{prefix}.mlp.down_proj.weight": layer.mlp.down_proj.weight,
-            }
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                views[f"encoder.layers.{index}.{norm}.weight"] = getattr(layer, norm).weight
+        for projection, parts in self.decoder_projections():
+            if projection.is_quantised:
+                raise CheckpointError("the model is quantised and no longer has published tensors")
+            views |= zip(parts, projection.weight.split(list(parts.values()), dim=0), strict=True)
         return {name: view.detach() for name, view in views.items()}
+
+    def decoder_projections(self) -> Iterator[tuple[Projection, dict[str, int]]]:
+        """Every projection but the head, with the published tensors that it holds one above the
+        other: names, and how many rows each has.
+        """
+        for index, layer in enumerate(self._layers()):
+            prefix, attention, mlp = f"encoder.layers.{index}", layer.self_attn, layer.mlp
+            query, key, value = attention.widths
+            yield (
+                attention.qkv_proj,
+                {
+                    f"{prefix}.self_attn.q_proj.weight": query,
+                    f"{prefix}.self_attn.k_proj.weight": key,
+                    f"{prefix}.self_attn.v_proj.weight": value,
+                },
+            )
+            rows = attention.o_proj.out_features
+            yield attention.o_proj, {f"{prefix}.self_attn.o_proj.weight": rows}
+            rows = mlp.gate_up_proj.out_features // 2
+            yield (
+                mlp.gate_up_proj,
+                {f"{prefix}.mlp.gate_proj.weight": rows, f"{prefix}.mlp.up_proj.weight": rows},
+            )
+            rows = mlp.down_proj.out_features
+            yield mlp.down_proj, {f"{prefix}.mlp.down_proj.weight": rows}
 
     def published_adapter_tensors(self) -> dict[str, Tensor]:
         """Views of the draft adapter under PEFT's names, as `linear_spec_lora/` holds them."""

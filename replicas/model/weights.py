@@ -19,6 +19,7 @@ from trimode.replicas.model.checkpoint_files import (
     weight_files,
 )
 from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.quantization import Quantiser, check_quantization
 from trimode.replicas.model.safetensors_header import StoredTensor, locate
 from trimode.replicas.model.safetensors_reader import LoadReport, Progress, Target, read_tensors
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
@@ -42,22 +43,33 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     adapter: bool = True,
+    quantization: str | None = None,
     progress: Progress | None = None,
     on_loaded: Callable[[LoadReport], None] = log_report,
 ) -> NemotronLabsDiffusionModel:
     """Build the model of `folder` with its weights, and with its draft adapter where it has one.
 
     Raises CheckpointError that names the file and the missing, surplus or misshapen tensor; memory
-    for weights is taken only after everything was found.
+    for weights is taken only after everything was found. Raises ConfigError for a quantization that
+    the device does not run.
     """
+    device = torch.device(device)
+    check_quantization(quantization, device)
     config = ModelConfig.load(folder)
     adapter_config = AdapterConfig.load(folder) if adapter else None
     model = empty_model(config, adapter_config)
     stored = locate_weights(folder, model)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    on_filled = None
+    if quantization is None:
+        model.to_empty(device=device)
+    else:
+        quantiser = Quantiser(model, device)
+        quantiser.place(model)
+        on_filled = quantiser.filled
     model.encoder.rotary = type(model.encoder.rotary)(config).to(device)  # not in any file
     targets = base_targets(model) | adapter_targets(model)
-    on_loaded(read_tensors(stored, targets, progress=progress))
+    on_loaded(read_tensors(stored, targets, progress=progress, on_filled=on_filled))
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,20 @@ def test_a_profile_and_its_picture_are_written(
     calibrate.run(tmp_path, "auto", tmp_path / "profile.json", 5.0)
     assert StepProfile.load(tmp_path / "profile.json") == PROFILE
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_measured_is_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def build_runner(*args: Any, **settings: Any) -> None:
+        asked.append((settings["dtype"], settings["quantization"]))
+
+    monkeypatch.setattr(calibrate, "build_runner", build_runner)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: PROFILE)
+    calibrate.run(tmp_path, "bfloat16", tmp_path / "profile.json", 5.0, "fp8")
+    assert asked == [("bfloat16", "fp8")]
 
 
 @pytest.mark.parametrize("out", ["missing/profile.json", "profile.txt"])

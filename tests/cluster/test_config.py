@@ -42,6 +42,7 @@ def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
         ({"model": {"path": "/m", "revision": "0" * 40}}, "model: .*revision belongs to a name"),
         ({"model": {"name": "a"}}, "model: .*'a' must be of the form org/name"),
         ({"model": {"name": "a/b", "revision": "main"}}, "model: .*'main' must be a full commit"),
+        ({"model": {"quantization": "int3"}}, "model.quantization"),
         ([], "not a valid configuration"),
     ],
 )
@@ -81,3 +82,15 @@ def test_a_configuration_survives_the_way_through_serve() -> None:
         {"model": {"path": "/models/8b"}, "gateway": {"port": 1234}, "pools": [pool]}
     )
     assert ClusterConfig.parse(config.model_dump(mode="json")) == config
+
+
+def test_what_makes_tokens_the_same_everywhere_is_set_once_for_all_pools() -> None:
+    config = ClusterConfig.parse(
+        {"model": {"quantization": "fp8"}, "engine": {"batch_invariant": True}}
+    )
+    assert config.model.quantization == "fp8"
+    assert all(config.engine_config(pool).batch_invariant for pool in config.pools)
+    with pytest.raises(ConfigError, match=r"pools\.0\.quantization"):
+        ClusterConfig.parse(
+            {"pools": [{"name": "a", "mode": "autoregressive", "quantization": "fp8"}]}
+        )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from trimode.cluster.__main__ import app
 from trimode.cluster.client import CallFailed
-from trimode.replicas.errors import CheckpointError, InvalidRequest
+from trimode.replicas.errors import CheckpointError, ConfigError, InvalidRequest
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 
 PROMPT = ["--prompt", "def __init__(self", "--max-tokens", "16"]
@@ -80,6 +80,18 @@ def test_the_last_line_sums_up() -> None:
     last = generate(*PROMPT, "--mode", "speculation").strip().splitlines()[-1]
     assert last.startswith("speculation: 16 tokens (length)")
     assert "accepted per round" in last
+
+
+def test_a_quantised_model_answers_in_every_mode_that_verifies() -> None:
+    modes = ("ar", "speculation")
+    answers = [document(*PROMPT, "--mode", mode, "--quantization", "fp8") for mode in modes]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert len(answers[0]["token_ids"]) == 16
+
+
+def test_an_unknown_quantization_is_named_with_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"'int3'.*fp8"):
+        generate(*PROMPT, "--quantization", "int3")
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A process of its own, as the tests' kernels are bound to Triton's interpreter. A case is
 {"kernel": "module:function", "signature": {argument: "*bf16" | "i32" | "fp32" | ...},
- "constexprs": {argument: value}, "options": {"num_warps": 4, ...}, "targets": [80, ...]}, the last
-two optional.
+ "constexprs": {argument: value}, "options": {"num_warps": 4, ...}, "targets": [80, ...],
+ "aligned": [integers that are multiples of 16]}, the last three optional.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def find(case: dict[str, Any], capability: int) -> dict[str, Any]:
     aligned = {
         order[argument]: [["tt.divisibility", 16]]
         for argument, kind in case["signature"].items()
-        if kind.startswith("*")
+        if kind.startswith("*") or argument in case.get("aligned", ())
     }
     source = ASTSource(
         kernel,

@@ -52,10 +52,11 @@ def _as_numbers(handle: TensorHandle) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def exact_interpreter() -> None:
-    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 as if they were integers
-    and cuts where a GPU rounds to nearest. Teach it both; a no-op where kernels run on a GPU.
+    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 and float8 as if they were
+    integers and cuts where a GPU rounds to nearest. Teach it both; a no-op where kernels run on a
+    GPU.
     """
-    cast = InterpreterBuilder.cast_impl
+    cast, convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def create_dot(
         self: InterpreterBuilder,
@@ -74,8 +75,17 @@ def exact_interpreter() -> None:
             return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         return cast(self, source, target)
 
+    def create_fp_to_fp(
+        self: InterpreterBuilder, source: TensorHandle, target: Any, rounding: Any
+    ) -> TensorHandle:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.float8e4nv:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+        return convert(self, source, target, rounding)
+
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     # The builder's casts are bound to the old one when the class is made.
     InterpreterBuilder.create_fp_trunc = cast_impl
 

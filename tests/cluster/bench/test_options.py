@@ -73,6 +73,8 @@ def test_sampling_that_cannot_be_is_refused_by_name(sampling: Sampling, option: 
         ({"settings": (AUTO,)}, "give --address"),
         ({"address": "a:1", "threads": 1}, "--threads is for an engine in this process"),
         ({"address": "a:1", "profile": Path("p")}, "--profile is for"),
+        ({"address": "a:1", "quantization": "fp8"}, "--quantization is for"),
+        ({"against": "transformers", "quantization": "fp8"}, "no --quantization"),
         ({"address": "a:1", "against": "transformers"}, "--against is for"),
         ({"against": "others"}, "'others' is not transformers"),
         ({"against": "transformers", "rates": (1.0,)}, "closed loop"),

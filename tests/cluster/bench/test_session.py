@@ -48,6 +48,14 @@ def test_a_closed_loop_writes_figures_of_every_setting_and_load_and_a_picture(
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_quantised_model_is_measured_and_named(tmp_path: Path) -> None:
+    written = document(
+        tmp_path, "--settings", "ar", "--concurrency", "1", "--quantization", "fp8",
+        "--threads", "1",
+    )  # fmt: skip
+    assert (written["dtype"], written["quantization"]) == ("float32", "fp8")
+
+
 def test_an_open_loop_sends_all_requests(tmp_path: Path) -> None:
     written = document(tmp_path, "--settings", "ar", "--rate", "50")
     assert written["loop"] == "open"

@@ -1,5 +1,6 @@
 """The backbone against transformers' Ministral3, an independent implementation of it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -195,7 +196,12 @@ def test_a_model_without_adapter_publishes_none(tiny_config: ModelConfig) -> Non
         NemotronLabsDiffusionModel(tiny_config).published_adapter_tensors()
 
 
-def test_the_large_weights_lie_input_by_input(model: NemotronLabsDiffusionModel) -> None:
-    layer = model.encoder.layers[0]
-    for linear in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj, model.diffusion_head):
-        assert linear.weight.t().is_contiguous()
+def test_preparing_a_model_changes_no_logit(tiny_model: Any, ids: Tensor) -> None:
+    model = copy.deepcopy(tiny_model(torch.float32))
+    wanted = run(model, ids, causal_mask(LENGTH))
+    model.prepare()
+    assert model.diffusion_head.weight.stride() == (1, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            run(model, ids, causal_mask(LENGTH)), wanted, rtol=1e-4, atol=1e-4
+        )
