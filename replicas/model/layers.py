@@ -5,6 +5,9 @@ Tensors are flat: every token of every sequence of a pass is one row. How keys a
 and which of them a token sees is not decided here but by the `attend` that the caller hands in
 (`transformer.Attend`). What a layer adds to the residual stream is added by the norm behind it, so
 that the stream is read and written once.
+
+A rank holds its shard of the heads, of the feed-forward's channels and of the vocabulary; what it
+adds to the stream is its part of a sum over the group's ranks. The stream itself is everywhere.
 """
 
 import math
@@ -23,6 +26,7 @@ from trimode.kernels.linear_packed import lay_out
 from trimode.kernels.norm import add_rms_norm
 from trimode.kernels.rope import Rotary
 from trimode.replicas.model.config import ModelConfig, RopeConfig
+from trimode.replicas.model.parallel import Group, Shard
 
 AttendLayer = Callable[[Tensor, Rotary], Tensor]
 
@@ -71,12 +75,14 @@ class RotaryEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard | None = None) -> None:
+        """shard: of the heads that are turned; None: all."""
         super().__init__()
+        shard = Shard.of(config, 0, 1) if shard is None else shard
         frequencies, self.magnitude = yarn_frequencies(config.rope, config.head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.rope = config.rope
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.num_heads, self.num_kv_heads = len(shard.heads), len(shard.kv_heads)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """positions [num_tokens]; dtype: of the activations."""
@@ -92,6 +98,24 @@ class RotaryEmbedding(nn.Module):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
         )
+
+
+class TokenEmbedding(nn.Embedding):
+    """The vectors of token ids. Each rank looks up the ids that it holds."""
+
+    def __init__(self, config: ModelConfig, shard: Shard, group: Group) -> None:
+        super().__init__(shard.num_rows, config.hidden_size)
+        self._first_id, self._num_ids = shard.token_ids.start, len(shard.token_ids)
+        self._group = group
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [num_tokens] int64 -> [num_tokens, hidden_size]."""
+        if self._group.size == 1:
+            return functional.embedding(token_ids, self.weight)
+        rows = token_ids - self._first_id
+        is_held = (rows >= 0) & (rows < self._num_ids)
+        x = functional.embedding(rows.where(is_held, 0), self.weight)
+        return self._group.all_reduce(x.where(is_held[:, None], 0))
 
 
 class Projection(nn.Linear):
@@ -138,14 +162,14 @@ class Projection(nn.Linear):
 class DraftAdapter(nn.Module):
     """The draft LoRA of one o_proj: a low-rank product that only DRAFT rows receive."""
 
-    def __init__(self, config: ModelConfig, rank: int, alpha: float) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, rank: int, alpha: float) -> None:
         super().__init__()
-        self.lora_a = nn.Parameter(torch.empty(rank, config.query_width))
+        self.lora_a = nn.Parameter(torch.empty(rank, len(shard.heads) * config.head_dim))
         self.lora_b = nn.Parameter(torch.zeros(config.hidden_size, rank))
         self.scale = alpha / rank
 
     def forward(self, out: Tensor, x: Tensor, rows: DraftRows) -> Tensor:
-        """out [num_tokens, hidden_size] plus the product of x [num_tokens, query_width]."""
+        """out [num_tokens, hidden_size] plus the product of x [num_tokens, heads * head_dim]."""
         return add_draft_adapter(out, x, rows, self.lora_a, self.lora_b, self.scale)
 
 
@@ -154,12 +178,15 @@ class Attention(nn.Module):
     product.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, group: Group) -> None:
         super().__init__()
-        self.widths = [config.query_width, config.kv_width, config.kv_width]
+        query_width = len(shard.heads) * config.head_dim
+        kv_width = len(shard.kv_heads) * config.head_dim
+        self.widths = [query_width, kv_width, kv_width]
         self.qkv_proj = Projection(config.hidden_size, sum(self.widths))
-        self.o_proj = Projection(config.query_width, config.hidden_size)
+        self.o_proj = Projection(query_width, config.hidden_size)
         self.draft_adapter: DraftAdapter | None = None
+        self._group = group
 
     def forward(
         self,
@@ -168,35 +195,35 @@ class Attention(nn.Module):
         attend: AttendLayer,
         draft_rows: DraftRows | None,
     ) -> Tensor:
-        mixed = attend(self.qkv_proj(x), rotary).flatten(-2)  # [num_tokens, query_width]
+        mixed = attend(self.qkv_proj(x), rotary).flatten(-2)  # [num_tokens, heads * head_dim]
         out: Tensor = self.o_proj(mixed)
         if draft_rows is not None and self.draft_adapter is not None:
             out = self.draft_adapter(out, mixed, draft_rows)
-        return out
+        return self._group.all_reduce(out)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up share one matrix product."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, group: Group) -> None:
         super().__init__()
-        self.gate_up_proj = Projection(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = Projection(config.hidden_size, 2 * len(shard.channels))
+        self.down_proj = Projection(len(shard.channels), config.hidden_size)
+        self._group = group
 
     def forward(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size]
-        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
-        return out
+        return self._group.all_reduce(self.down_proj(silu_mul(self.gate_up_proj(x))))
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, group: Group) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, shard, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, shard, group)
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model.safetensors_header import StoredTensor
 from trimode.replicas.model.staging import Buffer, Staging
+from trimode.replicas.model.target import Part, Target
 
 # One read. Long enough that Python's part of it (some 50 microseconds) does not count, short enough
 # that the last reads of a file, which nobody helps with, do not either.
@@ -33,34 +34,6 @@ TORCH_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float3
 
 # Told once with (0, total) and then after every range with (bytes filled so far, total).
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A slice of one dimension of a stored tensor, which has full_len entries there."""
-
-    dim: int
-    start: int
-    full_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a stored tensor goes: a view of any strides, dtype and device.
-
-    part: which slice of the stored tensor the view is for; its length is the view's. None: all.
-    """
-
-    view: Tensor
-    part: Part | None = None
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape that the file must have."""
-        shape = list(self.view.shape)
-        if self.part is not None:
-            shape[self.part.dim] = self.part.full_len
-        return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from trimode.kernels.draft_adapter import DraftRows
 from trimode.kernels.rope import Rotary, rotate
+from trimode.kernels.vocabulary import VocabularyShard
 from trimode.replicas.errors import CheckpointError, ConfigError
 from trimode.replicas.model.config import ModelConfig
 from trimode.replicas.model.layers import (
@@ -21,7 +22,10 @@ from trimode.replicas.model.layers import (
     Projection,
     RMSNorm,
     RotaryEmbedding,
+    TokenEmbedding,
 )
+from trimode.replicas.model.parallel import Alone, Group, Shard
+from trimode.replicas.model.target import Part, Target
 
 
 class Attend(Protocol):
@@ -29,7 +33,7 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, qkv: Tensor, rotary: Rotary) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], as projected and not yet
-        rotated -> [num_tokens, num_heads, head_dim].
+        rotated -> [num_tokens, num_heads, head_dim]. Heads are those of this rank.
         """
         ...
 
@@ -37,22 +41,31 @@ class Attend(Protocol):
 class Encoder(nn.Module):
     """Embedding, decoder layers and final norm (the published name of the backbone)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, group: Group) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.embed_tokens = TokenEmbedding(config, shard, group)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, shard, group) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config)
+        self.rotary = RotaryEmbedding(config, shard)
 
 
 class NemotronLabsDiffusionModel(nn.Module):
     """The published architecture (model.md sections 1, 2 and 4): arXiv 2607.05722."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group | None = None) -> None:
+        """group: the ranks that share the model; None: this one alone.
+
+        Raises ConfigError where the model cannot be split over them.
+        """
         super().__init__()
+        group = Alone() if group is None else group
         self.config = config
-        self.encoder = Encoder(config)
-        self.diffusion_head = Projection(config.hidden_size, config.vocab_size)
+        self.group = group
+        self.shard = Shard.of(config, group.rank, group.size)
+        self.encoder = Encoder(config, self.shard, group)
+        self.diffusion_head = Projection(config.hidden_size, self.shard.num_rows)
 
     def forward(
         self,
@@ -62,7 +75,7 @@ class NemotronLabsDiffusionModel(nn.Module):
         draft_rows: DraftRows | None = None,  # rows with the adapter on
     ) -> Tensor:
         """Hidden states after the final norm, [num_tokens, hidden_size]."""
-        x = functional.embedding(token_ids, self.encoder.embed_tokens.weight)
+        x: Tensor = self.encoder.embed_tokens(token_ids)
         rotary = self.encoder.rotary(positions, x.dtype)
         update: Tensor | None = None
         for index, layer in enumerate(self.encoder.layers):
@@ -71,9 +84,19 @@ class NemotronLabsDiffusionModel(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden_size] -> [num_rows, vocab_size], in the model's dtype."""
+        """hidden [num_answers, hidden_size] -> [num_answers, vocab_size], or the columns that
+        `vocabulary` says, in the model's dtype.
+        """
         out: Tensor = self.diffusion_head(hidden)
         return out
+
+    @property
+    def vocabulary(self) -> VocabularyShard | None:
+        """Which columns of the logits this rank has; None for all."""
+        rank, num_rows = self.group.rank, self.shard.num_rows
+        if self.group.size == 1:
+            return None
+        return VocabularyShard(rank * num_rows, self.config.vocab_size, self.group.all_gather)
 
     def prepare(self, *, batch_invariant: bool = False) -> None:
         """Choose every product for serving: the weights must not change any more.
@@ -92,7 +115,7 @@ class NemotronLabsDiffusionModel(nn.Module):
         """Give every o_proj an (empty) draft adapter on the model's own device and dtype."""
         for layer in self._layers():
             weight = layer.input_layernorm.weight
-            adapter = DraftAdapter(self.config, rank, alpha)
+            adapter = DraftAdapter(self.config, self.shard, rank, alpha)
             layer.self_attn.draft_adapter = adapter.to(device=weight.device, dtype=weight.dtype)
 
     @property
@@ -104,26 +127,29 @@ class NemotronLabsDiffusionModel(nn.Module):
     def has_draft_adapter(self) -> bool:
         return self._layers()[0].self_attn.draft_adapter is not None
 
-    def published_tensors(self) -> dict[str, Tensor]:
-        """Views of the base weights under their names in a checkpoint file. Raises CheckpointError
-        where the model is quantised.
+    def targets(self) -> dict[str, Target]:
+        """Where the base weights go, under their names in a checkpoint file.
 
-        Loading copies into these views and saving reads them, so this is the one place that knows
-        which of our fused matrices holds what.
+        Loading and saving go by it: this is the one place that knows which of our fused matrices
+        holds what, and which part of each tensor this rank has.
         """
-        views: dict[str, Tensor] = {
-            "encoder.embed_tokens.weight": self.encoder.embed_tokens.weight,
-            "encoder.norm.weight": self.encoder.norm.weight,
-            "diffusion_head.weight": self.diffusion_head.weight,
+        targets = {
+            "encoder.embed_tokens.weight": self._ids(self.encoder.embed_tokens.weight),
+            "encoder.norm.weight": Target(self.encoder.norm.weight.detach()),
+            "diffusion_head.weight": self._ids(self.diffusion_head.weight),
         }
         for index, layer in enumerate(self._layers()):
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                views[f"encoder.layers.{index}.{norm}.weight"] = getattr(layer, norm).weight
+                name = f"encoder.layers.{index}.{norm}.weight"
+                targets[name] = Target(getattr(layer, norm).weight.detach())
+        cuts = self._cuts()
         for projection, parts in self.decoder_projections():
             if projection.is_quantised:
                 raise CheckpointError("the model is quantised and no longer has published tensors")
-            views |= zip(parts, projection.weight.split(list(parts.values()), dim=0), strict=True)
-        return {name: view.detach() for name, view in views.items()}
+            views = projection.weight.split(list(parts.values()), dim=0)
+            for name, view in zip(parts, views, strict=True):
+                targets[name] = self._part(view, *cuts[name.split(".")[-2]])
+        return targets
 
     def decoder_projections(self) -> Iterator[tuple[Projection, dict[str, int]]]:
         """Every projection but the head, with the published tensors that it holds one above the
@@ -150,17 +176,51 @@ class NemotronLabsDiffusionModel(nn.Module):
             rows = mlp.down_proj.out_features
             yield mlp.down_proj, {f"{prefix}.mlp.down_proj.weight": rows}
 
-    def published_adapter_tensors(self) -> dict[str, Tensor]:
-        """Views of the draft adapter under PEFT's names, as `linear_spec_lora/` holds them."""
-        views: dict[str, Tensor] = {}
+    def _cuts(self) -> dict[str, tuple[int, int, int]]:
+        """How each kind of projection is cut for a rank: dimension, start, length of the whole."""
+        config, shard = self.config, self.shard
+        heads = (shard.heads.start * config.head_dim, config.query_width)
+        kv_heads = (shard.kv_heads.start * config.head_dim, config.kv_width)
+        channels = (shard.channels.start, config.intermediate_size)
+        return {
+            "q_proj": (0, *heads),
+            "k_proj": (0, *kv_heads),
+            "v_proj": (0, *kv_heads),
+            "o_proj": (1, *heads),
+            "gate_proj": (0, *channels),
+            "up_proj": (0, *channels),
+            "down_proj": (1, *channels),
+        }
+
+    def adapter_targets(self) -> dict[str, Target]:
+        """Where the draft adapter goes, under PEFT's names as `linear_spec_lora/` holds them."""
+        targets: dict[str, Target] = {}
+        start = self.shard.heads.start * self.config.head_dim
         for index, layer in enumerate(self._layers()):
             adapter = layer.self_attn.draft_adapter
             if adapter is None:
                 raise CheckpointError("the model has no draft adapter")
             prefix = f"base_model.model.encoder.layers.{index}.self_attn.o_proj"
-            views[f"{prefix}.lora_A.weight"] = adapter.lora_a.detach()
-            views[f"{prefix}.lora_B.weight"] = adapter.lora_b.detach()
-        return views
+            lora_a = self._part(adapter.lora_a, 1, start, self.config.query_width)
+            targets[f"{prefix}.lora_A.weight"] = lora_a
+            targets[f"{prefix}.lora_B.weight"] = Target(adapter.lora_b.detach())
+        return targets
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """Views of the base weights that this rank holds, by their names in a checkpoint file."""
+        return {name: target.view for name, target in self.targets().items()}
+
+    def published_adapter_tensors(self) -> dict[str, Tensor]:
+        """Views of this rank's draft adapter under PEFT's names."""
+        return {name: target.view for name, target in self.adapter_targets().items()}
+
+    def _ids(self, weight: Tensor) -> Target:
+        held = self.shard.token_ids
+        return self._part(weight[: len(held)], 0, held.start, self.config.vocab_size)
+
+    def _part(self, view: Tensor, dim: int, start: int, full_len: int) -> Target:
+        part = None if self.group.size == 1 else Part(dim, start, full_len)
+        return Target(view.detach(), part)
 
     def _layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.encoder.layers if isinstance(layer, DecoderLayer)]

@@ -19,9 +19,11 @@ from trimode.replicas.model.checkpoint_files import (
     weight_files,
 )
 from trimode.replicas.model.config import ModelConfig
+from trimode.replicas.model.parallel import Group
 from trimode.replicas.model.quantization import Quantiser, check_quantization
 from trimode.replicas.model.safetensors_header import StoredTensor, locate
-from trimode.replicas.model.safetensors_reader import LoadReport, Progress, Target, read_tensors
+from trimode.replicas.model.safetensors_reader import LoadReport, Progress, read_tensors
+from trimode.replicas.model.target import Target
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 
 logger = structlog.get_logger(__name__)
@@ -46,18 +48,20 @@ def load_model(
     quantization: str | None = None,
     progress: Progress | None = None,
     on_loaded: Callable[[LoadReport], None] = log_report,
+    group: Group | None = None,
 ) -> NemotronLabsDiffusionModel:
     """Build the model of `folder` with its weights, and with its draft adapter where it has one.
 
+    group: the ranks that share it; only this one's part is kept. None: this one alone.
     Raises CheckpointError that names the file and the missing, surplus or misshapen tensor; memory
     for weights is taken only after everything was found. Raises ConfigError for a quantization that
-    the device does not run.
+    the device does not run, and where the model cannot be split over the group.
     """
     device = torch.device(device)
     check_quantization(quantization, device)
     config = ModelConfig.load(folder)
     adapter_config = AdapterConfig.load(folder) if adapter else None
-    model = empty_model(config, adapter_config)
+    model = empty_model(config, adapter_config, group)
     stored = locate_weights(folder, model)
     model = model.to(dtype)
     on_filled = None
@@ -67,16 +71,18 @@ def load_model(
         quantiser = Quantiser(model, device)
         quantiser.place(model)
         on_filled = quantiser.filled
-    model.encoder.rotary = type(model.encoder.rotary)(config).to(device)  # not in any file
-    targets = base_targets(model) | adapter_targets(model)
-    on_loaded(read_tensors(stored, targets, progress=progress, on_filled=on_filled))
+    rotary = type(model.encoder.rotary)(config, model.shard)  # not in any file
+    model.encoder.rotary = rotary.to(device)
+    on_loaded(read_tensors(stored, _targets(model), progress=progress, on_filled=on_filled))
     return model.eval().requires_grad_(False)
 
 
-def empty_model(config: ModelConfig, adapter: AdapterConfig | None) -> NemotronLabsDiffusionModel:
-    """The model on the meta device: shapes and no memory."""
+def empty_model(
+    config: ModelConfig, adapter: AdapterConfig | None, group: Group | None = None
+) -> NemotronLabsDiffusionModel:
+    """The model, or one rank's part of it, on the meta device: shapes and no memory."""
     with torch.device("meta"):
-        model = NemotronLabsDiffusionModel(config)
+        model = NemotronLabsDiffusionModel(config, group)
         if adapter is not None:
             model.add_draft_adapter(adapter.rank, adapter.alpha)
     return model
@@ -87,21 +93,15 @@ def locate_weights(folder: Path, model: NemotronLabsDiffusionModel) -> dict[str,
 
     Raises CheckpointError as load_model does; no weight is read.
     """
-    stored = locate(weight_files(folder), _shapes(base_targets(model)))
+    stored = locate(weight_files(folder), _shapes(model.targets()))
     if model.has_draft_adapter:
-        stored |= locate([folder / ADAPTER_FILE], _shapes(adapter_targets(model)))
+        stored |= locate([folder / ADAPTER_FILE], _shapes(model.adapter_targets()))
     return stored
 
 
-def base_targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
-    """Where each tensor of the base weights goes."""
-    return {name: Target(view) for name, view in model.published_tensors().items()}
-
-
-def adapter_targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
-    """Where each tensor of the draft adapter goes; none where the model has no adapter."""
-    views = model.published_adapter_tensors() if model.has_draft_adapter else {}
-    return {name: Target(view) for name, view in views.items()}
+def _targets(model: NemotronLabsDiffusionModel) -> dict[str, Target]:
+    adapter = model.adapter_targets() if model.has_draft_adapter else {}
+    return model.targets() | adapter
 
 
 def _shapes(targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:

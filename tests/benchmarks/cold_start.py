@@ -27,7 +27,8 @@ from torch import Tensor
 
 from trimode.replicas.machine import describe_machine
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT, ModelConfig
-from trimode.replicas.model.safetensors_reader import Target, read_tensors
+from trimode.replicas.model.safetensors_reader import read_tensors
+from trimode.replicas.model.target import Target
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.model.weights import empty_model, locate_weights
 

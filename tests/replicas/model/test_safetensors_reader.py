@@ -14,8 +14,9 @@ from torch import Tensor
 from trimode.replicas.errors import CheckpointError
 from trimode.replicas.model import safetensors_reader
 from trimode.replicas.model.safetensors_header import locate
-from trimode.replicas.model.safetensors_reader import LoadReport, Part, Target, read_tensors
+from trimode.replicas.model.safetensors_reader import LoadReport, read_tensors
 from trimode.replicas.model.staging import Staging
+from trimode.replicas.model.target import Part, Target
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
