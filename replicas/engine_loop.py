@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import structlog
@@ -46,14 +47,17 @@ class _Mailbox:
 
 class EngineLoop:
     """Owns the engine after start(). All engine calls happen on its thread, between two steps; only
-    grammars are compiled on others.
+    grammars are compiled on others. It may fail from outside, while that thread hangs in a step.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, _Mailbox] = {}  # of what the engine runs; the thread's own
         self._load = engine.load()
+        self._gate = threading.Lock()  # of the next three
+        self._open: set[_Mailbox] = set()  # of everybody who waits for chunks
+        self._closed = False
         self._failure: BaseException | None = None
         self._stopped = False  # set on the thread, by a _Stop from the inbox
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -62,10 +66,21 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; requests still in progress get Unavailable."""
+        """End the thread, unless it has failed and may hang; requests still in progress get
+        Unavailable.
+        """
         self._inbox.put(_Stop())
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._failure is None:
             self._thread.join()
+
+    def fail(self, error: BaseException) -> None:
+        """Refuse everybody from now on, those who wait included. From any thread, whatever the
+        engine's does; the first error stays.
+        """
+        with self._gate:
+            if self._failure is None:
+                self._failure = error
+        self._close()
 
     @property
     def load(self) -> EngineLoad:
@@ -83,12 +98,16 @@ class EngineLoop:
         """The chunks of a request. Leaving the iterator early, for any reason, frees all it holds.
 
         Raises InvalidRequest or Overloaded before the first chunk, Unavailable where the engine
-        fails.
+        fails or has failed.
         """
         grammar = None
         if request.grammar is not None:  # not on the engine's thread: nobody waits for it there
             grammar = await asyncio.to_thread(self._engine.compile, request)
         mailbox = _Mailbox(request.n)
+        with self._gate:
+            if self._closed:
+                raise _gone()
+            self._open.add(mailbox)
         self._inbox.put(_Add(request, grammar, mailbox))
         left = request.n  # samples that have not finished
         try:
@@ -100,21 +119,20 @@ class EngineLoop:
                 left -= item.finish is not None
                 yield item
         finally:
+            with self._gate:
+                self._open.discard(mailbox)
             if left:
                 self._inbox.put(_Abort(request.request_id, mailbox))
 
     def _run(self) -> None:
         try:
-            while self._read_inbox():
+            while self._failure is None and self._read_inbox():
                 self._deliver(self._engine.step())
                 self._load = self._engine.load()
         except BaseException as error:
             logger.exception("the engine failed")
-            self._failure = error
-            self._refuse_all()
-            while not self._stopped:  # until then, nobody who comes late waits for ever
-                self._refuse(self._inbox.get())
-        self._refuse_all()
+            self.fail(error)
+        self._close()
 
     def _read_inbox(self) -> bool:
         """Take what has arrived; sleeps while there is nothing to do. False: stop."""
@@ -154,24 +172,19 @@ class EngineLoop:
                 del self._mailboxes[request_id]
         _post(letters)
 
-    def _refuse_all(self) -> None:
-        _post([(mailbox, _gone()) for mailbox in self._mailboxes.values()])
-        self._mailboxes.clear()
-        while not self._inbox.empty():
-            self._refuse(self._inbox.get())
-
-    def _refuse(self, message: "_Add | _Abort | _Stop") -> None:
-        if isinstance(message, _Stop):
-            self._stopped = True
-        elif isinstance(message, _Add):
-            _post([(message.mailbox, _gone())])
+    def _close(self) -> None:
+        with self._gate:
+            self._closed = True
+            letters = [(mailbox, _gone()) for mailbox in self._open]
+            self._open.clear()
+        _post(letters)
 
 
 def _gone() -> Unavailable:
     return Unavailable("the replica's engine has stopped")
 
 
-def _post(letters: list[tuple[_Mailbox, Chunk | RequestError]]) -> None:
+def _post(letters: SequenceOf[tuple[_Mailbox, Chunk | RequestError]]) -> None:
     """Hand everything over with one wake-up an event loop, not one a chunk."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Chunk | RequestError]]] = {}
     for letter in letters:

@@ -1,6 +1,7 @@
 """The thread around the engine: nothing hangs, nothing leaks, one failure is everybody's news."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -115,3 +116,32 @@ async def test_stopping_tells_those_who_still_wait(make_engine: Callable[[], Eng
     with pytest.raises(Unavailable):
         async for _ in stream:
             pass
+
+
+async def test_a_loop_can_fail_from_outside_while_its_thread_hangs(
+    make_engine: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = EngineLoop(make_engine())
+    loop.start()
+    stream = loop.generate(LONG)
+    await anext(stream)
+    released = threading.Event()
+    monkeypatch.setattr(loop._engine._runner, "read", lambda launched: released.wait())
+    loop.fail(TimeoutError("rank 1 does not answer"))
+    async with asyncio.timeout(2):
+        with pytest.raises(Unavailable):
+            async for _ in stream:
+                pass
+        with pytest.raises(Unavailable):
+            await tokens_of(loop, Request("late", (5, 6), Mode.AUTOREGRESSIVE, 6))
+    with pytest.raises(RuntimeError, match="rank 1 does not answer"):
+        loop.check_health()
+    await asyncio.to_thread(loop.stop)
+    released.set()
+
+
+async def test_the_first_failure_is_the_one_that_is_told(loop: EngineLoop) -> None:
+    loop.fail(TimeoutError("the cause"))
+    loop.fail(ValueError("its consequence"))
+    with pytest.raises(RuntimeError, match="the cause"):
+        loop.check_health()
