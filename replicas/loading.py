@@ -17,6 +17,7 @@ from trimode.replicas.model.weights import load_model, log_report
 from trimode.replicas.model_runner import TorchModelRunner
 from trimode.replicas.startup import settle, start_rank
 from trimode.replicas.step_profile import StepProfile
+from trimode.replicas.tensor_parallel import Peers, TensorParallelRunner
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -37,8 +38,9 @@ def build_engine(
     on_loaded: Callable[[LoadReport], None] = log_report,
     on_capture: Progress | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    peers: Peers | None = None,
 ) -> Engine:
-    """An engine over a checkpoint's runner, ready to step; dtype and quantization as for
+    """An engine over a checkpoint's runner, ready to step; dtype, quantization and peers as for
     build_runner.
 
     governed: a governor picks the block sizes that requests leave open, by the step-time profile in
@@ -55,6 +57,7 @@ def build_engine(
         progress=progress,
         on_loaded=on_loaded,
         on_capture=on_capture,
+        peers=peers,
     )
     config = runner.config
     governor = None
@@ -75,35 +78,45 @@ def build_runner(
     progress: Progress | None = None,
     on_loaded: Callable[[LoadReport], None] = log_report,
     on_capture: Progress | None = None,
-) -> TorchModelRunner:
+    peers: Peers | None = None,
+) -> TorchModelRunner | TensorParallelRunner:
     """Load a checkpoint onto the GPU where there is one, else the CPU. What the config leaves open
     is settled in the runner's own.
 
     progress is told bytes of weights, on_loaded what they took in the end, on_capture sizes of pass
     that a GPU captures. dtype 'auto' is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is
     slower and less exact. quantization 'fp8' puts the decoder's projections into float8; on a CPU
-    that is right but slow.
-    Raises CheckpointError and ConfigError.
+    that is right but slow. peers: the other ranks; this one is rank 0 and loads its part only.
+    Raises CheckpointError, and ConfigError where the model cannot be split over the ranks.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+    device = default_device()
     model = load_model(
         folder,
-        torch_dtype(dtype),
+        torch_dtype(dtype, device),
         device,
         adapter=adapter,
         quantization=quantization,
         progress=progress,
         on_loaded=on_loaded,
+        group=None if peers is None else peers.group,
     )
+    if peers is not None:
+        peers.wait()
     config = settle(model, config)
     rank, graph_keys = start_rank(model, config, on_capture)
-    return TorchModelRunner(model, config, rank, graph_keys)
+    runner = TorchModelRunner(model, config, rank, graph_keys)
+    return runner if peers is None else TensorParallelRunner(runner, peers.steps, peers.clock)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """'float32' -> torch.float32, for the dtypes that a model can run in."""
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """'float32' -> torch.float32, for the dtypes that a model can run in; 'auto' on a device."""
+    if name == "auto" and device is not None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise CheckpointError(f"dtype {name!r} is not supported; use one of {sorted(DTYPES)}")
     return DTYPES[name]

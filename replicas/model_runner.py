@@ -93,9 +93,21 @@ class TorchModelRunner:
         before: TorchPass | None = None,
         copies: SequenceOf[PageCopy] = (),
     ) -> TorchPass:
-        batch = Batch.build(
+        return self.run(self.build(scheduled, before, copies), before)
+
+    def build(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        before: TorchPass | None = None,
+        copies: SequenceOf[PageCopy] = (),
+    ) -> Batch:
+        """The host's part of launch()."""
+        return Batch.build(
             scheduled, self._limits, None if before is None else before.batch, copies
         )
+
+    def run(self, batch: Batch, before: TorchPass | None = None) -> TorchPass:
+        """The device's part of launch()."""
         there = self._rank.launch(batch.inputs, None if before is None else before.there)
         return TorchPass(batch, there, Download(there.sampled))
 

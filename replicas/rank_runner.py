@@ -46,6 +46,7 @@ class RankRunner:
         """capture: how smaller passes are captured; None: none is."""
         model.prepare(batch_invariant=config.batch_invariant)
         self._model = model
+        self._vocabulary = model.vocabulary
         self._page_size = config.page_size
         self._batch_invariant = config.batch_invariant
         weight, shape = model.diffusion_head.weight, model.config
@@ -53,7 +54,7 @@ class RankRunner:
         self._cache = KVCache.allocate(
             shape.num_layers,
             config.pages * config.page_size,
-            shape.num_kv_heads,
+            len(model.shard.kv_heads),
             shape.head_dim,
             weight.dtype,
             weight.device,
@@ -110,7 +111,7 @@ class RankRunner:
         return ForwardInputs(zeros, zeros.clone(), zeros - 1, attention, mask)
 
     def _sample(self, logits: Tensor, there: PassInputs) -> Sampled:
-        return sample(logits, there.sampling)
+        return sample(logits, there.sampling, self._vocabulary)
 
     def _hidden(self, graph: GraphKey | None, inputs: ForwardInputs) -> Tensor:
         if self._graphs is None or graph is None or graph not in self._graphs:

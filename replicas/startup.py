@@ -12,6 +12,7 @@ from trimode.kernels.sampling import SamplingInputs
 from trimode.replicas.config import DEFAULT_CPU_PAGES, EngineConfig
 from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.memory_plan import MIB, MemoryPlan
+from trimode.replicas.model.parallel import smallest
 from trimode.replicas.model.safetensors_reader import Progress
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
 from trimode.replicas.pass_inputs import PassInputs
@@ -47,7 +48,7 @@ def start_rank(
     is_wide = model.diffusion_head.weight.dtype == torch.float64
     if device.type != "cuda" or is_wide or not config.cuda_graphs:
         return RankRunner(model, config), None
-    rank = RankRunner(model, config, CudaCapture(device))
+    rank = RankRunner(model, config, CudaCapture(device, model.group))
     keys = GraphKeys.of(
         config.max_sequences, config.max_block_size, config.max_step_tokens,
         model.has_draft_adapter,
@@ -63,7 +64,8 @@ def start_rank(
 def kv_page_bytes(model: NemotronLabsDiffusionModel, page_size: int) -> int:
     """One page's keys and values of all layers."""
     shape = model.config
-    slot = 2 * shape.num_layers * shape.kv_width * model.diffusion_head.weight.element_size()
+    width = len(model.shard.kv_heads) * shape.head_dim  # of this rank
+    slot = 2 * shape.num_layers * width * model.diffusion_head.weight.element_size()
     return slot * page_size
 
 
@@ -83,7 +85,8 @@ def _count_pages(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int
         page_bytes=kv_page_bytes(model, config.page_size),
     )
     # A prompt of one token and a block, at least.
-    pages = plan.num_pages(least=1 + config.max_block_size // config.page_size)
+    own = plan.num_pages(least=1 + config.max_block_size // config.page_size)
+    pages = smallest(own, model.group, device)  # the same pages on every rank
     logger.info(
         "KV memory", arithmetic=plan.describe(), pages=pages, tokens=pages * config.page_size
     )

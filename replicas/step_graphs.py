@@ -15,6 +15,7 @@ from torch import Tensor
 from trimode.kernels.attention_inputs import AttentionInputs
 from trimode.replicas.array_tree import leaves, map_leaves
 from trimode.replicas.graph_keys import GraphKey
+from trimode.replicas.model.parallel import Group, smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,9 @@ class Capture(Protocol):
 class CudaCapture:
     """CUDA graphs that share one pool of memory, as one replay ends before the next begins."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: Group) -> None:
         self._device = device
+        self._group = group
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._free_before = torch.cuda.mem_get_info(device)[0]
@@ -70,7 +72,9 @@ class CudaCapture:
         return replay
 
     def used_bytes(self) -> int:
-        return max(0, self._free_before - torch.cuda.mem_get_info(self._device)[0])
+        free = torch.cuda.mem_get_info(self._device)[0]
+        # The rank that has least left decides, as all must capture the same sizes.
+        return max(0, -smallest(free - self._free_before, self._group, self._device))
 
 
 @dataclass(frozen=True, slots=True)
