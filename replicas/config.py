@@ -1,5 +1,5 @@
 """EngineConfig: the bounds of one engine. Every queue and pool of the replica takes its limit from
-here.
+here. RankConfig: over how many processes its model is split.
 """
 
 from dataclasses import dataclass
@@ -62,3 +62,21 @@ class EngineConfig:
     @property
     def decode_tokens(self) -> int:
         return self.max_step_tokens - self.prefill_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RankConfig:
+    """The ranks of one tensor-parallel replica. Raises ConfigError that names the setting."""
+
+    size: int = 1
+    cpus: float = 1  # per rank
+    gpus: float = 0  # per rank
+    # One pass may take so long before the group is given up; long prefills on CPUs need more.
+    step_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.size > 1 and self.gpus not in (0, 1):
+            raise ConfigError(
+                f"gpus is {self.gpus:g}; with tensor_parallel {self.size} each rank has one GPU of "
+                "its own, or none"
+            )

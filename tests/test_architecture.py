@@ -30,7 +30,13 @@ ALLOWED_IN = {
     "jinja2": ("cluster/chat_template.py", "cluster/template_sandbox.py"),
     "opentelemetry.sdk": ("cluster/telemetry.py",),
     "huggingface_hub": ("replicas/model/hub.py", "replicas/model/file_check.py"),
-    "ray": ("cluster/", "router/request_router.py", "replicas/replica.py"),
+    "ray": (
+        "cluster/",
+        "router/request_router.py",
+        "replicas/replica.py",
+        "replicas/ranks.py",
+        "replicas/rank_actor.py",
+    ),
     "transformers": ("cluster/bench/transformers_baseline.py",),
 }
 
@@ -83,6 +89,8 @@ LAZY_IMPORTS: set[tuple[str, str]] = {
     ("replicas/replica.py", "torch"),
     ("replicas/replica.py", "trimode.replicas.loading"),
     ("replicas/replica.py", "trimode.replicas.model.hub"),
+    ("replicas/replica.py", "trimode.replicas.rank_actor"),
+    ("replicas/replica.py", "trimode.replicas.ranks"),
 }
 
 
