@@ -15,6 +15,9 @@ from trimode.router.request_router import RankedRequestRouter
 
 APP_NAME = "trimode"
 GATEWAY_NAME = "gateway"
+# A rank that is lost ends the replica's process, which Serve notices at its next health check.
+GROUP_HEALTH_PERIOD_S = 1.0
+GROUP_HEALTH_TIMEOUT_S = 5.0
 STATS_PERIOD_S = 0.5  # how often Serve asks replicas for their load, for operators; not for routing
 
 
@@ -55,7 +58,7 @@ def _pool(config: ClusterConfig, source: ModelSource, pool: PoolSettings) -> App
     replica = serve.deployment(
         name=pool.name,
         num_replicas=pool.replicas,
-        ray_actor_options={"num_cpus": pool.cpus, "num_gpus": pool.gpus},
+        **placement(pool),
         # The engine's own queue refuses with a message; Serve's limits only stand behind it.
         max_ongoing_requests=2 * (engine.max_sequences + engine.max_waiting),
         max_queued_requests=engine.max_waiting,
@@ -73,4 +76,26 @@ def _pool(config: ClusterConfig, source: ModelSource, pool: PoolSettings) -> App
         quantization=config.model.quantization,
         governed=pool.governed,
         profile=pool.profile,
+        ranks=config.rank_config(pool),
     )
+
+
+def placement(pool: PoolSettings) -> dict[str, Any]:
+    """What one replica takes and where: an actor, or a placement group with a bundle for each rank,
+    of which the replica itself is in the first.
+    """
+    resources = {} if pool.gpu_type is None else {f"accelerator_type:{pool.gpu_type}": 0.001}
+    actor = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": resources}
+    if pool.tensor_parallel == 1:
+        return {"ray_actor_options": actor}
+    bundle = {"CPU": pool.cpus, "GPU": pool.gpus} | resources
+    return {
+        "ray_actor_options": actor,
+        "placement_group_bundles": [
+            {name: amount for name, amount in bundle.items() if amount}
+            for _ in range(pool.tensor_parallel)
+        ],
+        "placement_group_strategy": pool.placement,
+        "health_check_period_s": GROUP_HEALTH_PERIOD_S,
+        "health_check_timeout_s": GROUP_HEALTH_TIMEOUT_S,
+    }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trimode.replicas.config import EngineConfig
+from trimode.replicas.config import EngineConfig, RankConfig
 from trimode.replicas.errors import CheckpointError, ConfigError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model.source import HubModel, ModelSource
@@ -74,8 +74,14 @@ class PoolSettings(_Settings):
     mode: Literal["autoregressive", "block_diffusion", "self_speculation"]
     max_block_size: int = Field(32, ge=1)  # 1 speculates nothing
     replicas: int = Field(1, ge=1)
-    cpus: float = Field(1, gt=0)  # per replica
-    gpus: float = Field(0, ge=0)  # per replica
+    tensor_parallel: int = Field(1, ge=1, le=64)  # ranks that share one replica's model
+    cpus: float = Field(1, gt=0)  # per rank
+    gpus: float = Field(0, ge=0)  # per rank
+    gpu_type: str | None = None  # as Ray names it, for example H100; None: any
+    # Where Ray puts the ranks of a replica: all on one node, or spread over several.
+    placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+    # Longest pass of several ranks before they are given up and restarted.
+    step_timeout_s: float = Field(10, gt=0)
     # A governor picks the block sizes that requests leave open; none where max_block_size is 1.
     governed: bool = True
     # What `trimode calibrate` wrote on such hardware; None: each replica measures at its start.
@@ -84,6 +90,11 @@ class PoolSettings(_Settings):
     @property
     def decoding_mode(self) -> Mode:
         return Mode(self.mode)
+
+    @property
+    def num_cpus(self) -> float:
+        """Of all its replicas."""
+        return self.replicas * self.tensor_parallel * self.cpus
 
 
 class GatewaySettings(_Settings):
@@ -106,6 +117,18 @@ class RouterSettings(_Settings):
     auto_concurrency: int = Field(4, ge=1)
 
 
+def _without_model(pool: Any, model: Any) -> Any:
+    if not isinstance(pool, dict) or "model" not in pool:
+        return pool
+    if pool["model"] != model:
+        raise ValueError(
+            f"pool {pool.get('name')}: model is {pool['model']}, the application's is {model}; all "
+            "pools of an application serve one model and share its prefixes. Deploy the other "
+            "model as an application of its own, with its own gateway.port"
+        )
+    return {key: value for key, value in pool.items() if key != "model"}
+
+
 class ClusterConfig(_Settings):
     """One model, one gateway, any number of pools."""
 
@@ -118,6 +141,15 @@ class ClusterConfig(_Settings):
     gateway: GatewaySettings = GatewaySettings()
     router: RouterSettings = RouterSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model(cls, raw: Any) -> Any:
+        """A pool may repeat the application's model, and not name another."""
+        pools = raw.get("pools") if isinstance(raw, dict) else None
+        if not isinstance(pools, list):
+            return raw
+        return raw | {"pools": [_without_model(pool, raw.get("model")) for pool in pools]}
+
     @model_validator(mode="after")
     def _check(self) -> "ClusterConfig":
         names = [pool.name for pool in self.pools]
@@ -128,13 +160,21 @@ class ClusterConfig(_Settings):
         if "gateway" in names:
             raise ValueError("pools: the name 'gateway' is taken")
         for pool in self.pools:
-            self.engine_config(pool)  # raises ConfigError, a ValueError to pydantic's eyes
+            self.engine_config(pool)
+            self.rank_config(pool)
         return self
 
     def engine_config(self, pool: PoolSettings) -> EngineConfig:
         """The engine of one pool's replicas."""
         try:
             return EngineConfig(**self.engine.model_dump(), max_block_size=pool.max_block_size)
+        except ConfigError as error:
+            raise ValueError(f"pool {pool.name}: {error}") from None  # for pydantic to report
+
+    def rank_config(self, pool: PoolSettings) -> RankConfig:
+        """The ranks of one pool's replicas."""
+        try:
+            return RankConfig(pool.tensor_parallel, pool.cpus, pool.gpus, pool.step_timeout_s)
         except ConfigError as error:
             raise ValueError(f"pool {pool.name}: {error}") from None
 

@@ -83,7 +83,7 @@ def _check_port(config: ClusterConfig) -> None:
 def _start(
     config: ClusterConfig, ray_address: str | None, console: Console, stop: threading.Event
 ) -> None:
-    cpus_needed = sum(pool.replicas * pool.cpus for pool in config.pools)
+    cpus_needed = sum(pool.num_cpus for pool in config.pools)
     with console.status("starting Ray") as status:
         if ray_address is None:
             ray.init(
@@ -107,7 +107,9 @@ def _start(
                 if application.status == ApplicationStatus.RUNNING:
                     return
                 if application.status == ApplicationStatus.DEPLOY_FAILED:
-                    raise Unavailable(f"the cluster did not start:\n{application.message}")
+                    reasons = [status.message for status in application.deployments.values()]
+                    told = "\n".join(filter(None, [application.message, *reasons]))
+                    raise Unavailable(f"the cluster did not start:\n{told}")
                 status.update("waiting for " + _progress(application))
             if time.monotonic() > deadline:
                 raise Unavailable(f"the cluster was not ready after {READY_TIMEOUT_S:.0f} s")

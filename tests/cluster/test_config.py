@@ -22,6 +22,10 @@ def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
     assert ClusterConfig.parse({}).gateway.host == "127.0.0.1"
 
 
+AR = {"name": "a", "mode": "autoregressive"}
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
 @pytest.mark.parametrize(
     ("document", "named"),
     [
@@ -44,6 +48,10 @@ def test_the_gateway_listens_on_loopback_unless_told_otherwise() -> None:
         ({"model": {"name": "a/b", "revision": "main"}}, "model: .*'main' must be a full commit"),
         ({"model": {"quantization": "int3"}}, "model.quantization"),
         ([], "not a valid configuration"),
+        ({"pools": [AR | {"tensor_parallel": 0}]}, "pools.0.tensor_parallel"),
+        ({"pools": [AR | {"tensor_parallel": 2, "gpus": 0.5}]}, "pool a: gpus is 0.5; .* own"),
+        ({"pools": [AR | {"placement": "TIGHT"}]}, "pools.0.placement"),
+        ({"pools": [AR | {"step_timeout_s": 0}]}, "pools.0.step_timeout_s"),
     ],
 )
 def test_a_mistake_is_named(document: object, named: str) -> None:
@@ -82,6 +90,37 @@ def test_a_configuration_survives_the_way_through_serve() -> None:
         {"model": {"path": "/models/8b"}, "gateway": {"port": 1234}, "pools": [pool]}
     )
     assert ClusterConfig.parse(config.model_dump(mode="json")) == config
+
+
+def test_a_pool_of_another_model_is_refused_with_the_way_out() -> None:
+    document = {"model": {"path": "/models/14b"}, "pools": [AR | {"model": {"path": "/models/8b"}}]}
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.parse(document)
+    message = str(caught.value)
+    for part in ("pool a", "/models/8b", "/models/14b", "application of its own"):
+        assert part in message
+
+
+def test_a_pool_may_repeat_the_applications_model() -> None:
+    model = {"path": "/models/14b"}
+    repeated = ClusterConfig.parse({"model": model, "pools": [AR | {"model": model}]})
+    assert repeated == ClusterConfig.parse({"model": model, "pools": [AR]})
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    config = ClusterConfig.load(path)
+    assert config.model.path is not None
+    assert all(pool.gpus == 1 for pool in config.pools)
+
+
+def test_the_examples_are_those_that_the_documentation_names() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {
+        "8b-one-gpu",
+        "14b-tp2",
+        "14b-tp4",
+        "14b-two-shapes",
+    }
 
 
 def test_what_makes_tokens_the_same_everywhere_is_set_once_for_all_pools() -> None:
