@@ -286,3 +286,19 @@ def test_the_kernels_give_on_two_ranks_what_the_references_give_on_one(
     assert {name: own.token_ids for name, own in split.items()} == {
         name: own.token_ids for name, own in alone.items()
     }
+
+
+def test_the_clock_tells_how_long_the_oldest_pass_has_been_under_way() -> None:
+    now = 10.0
+    clock = StepClock(lambda: now)
+    assert clock.waiting_s == 0
+    clock.launch()
+    now = 12.0
+    clock.launch()  # before the first was read
+    now = 13.0
+    assert clock.waiting_s == 3
+    clock.read()
+    assert clock.waiting_s == 1
+    clock.read()
+    assert clock.waiting_s == 0
+    assert clock.num_steps == 2
