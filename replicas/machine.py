@@ -2,18 +2,20 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores, Python and the versions of the named distributions."""
+    """Processor, cores, Python and the versions of the named distributions; None for one that runs
+    without being installed.
+    """
     return {
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
 
 
@@ -26,3 +28,10 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
