@@ -2,6 +2,8 @@
 of KV fit, whether passes are launched ahead, which sizes of pass are captured.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -38,25 +40,35 @@ def settle(model: NemotronLabsDiffusionModel, config: EngineConfig) -> EngineCon
 
 
 def start_rank(
-    model: NemotronLabsDiffusionModel, config: EngineConfig, progress: Progress | None = None
+    model: NemotronLabsDiffusionModel,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    runner: Callable[..., RankRunner] = RankRunner,
 ) -> tuple[RankRunner, GraphKeys | None]:
     """A runner of a settled config, whose smaller passes are captured where the device can, and
-    their sizes.
+    their sizes. runner: what makes it, of RankRunner's arguments.
     """
     device = model.diffusion_head.weight.device
     # In float64 references run, which wait for the device.
     is_wide = model.diffusion_head.weight.dtype == torch.float64
     if device.type != "cuda" or is_wide or not config.cuda_graphs:
-        return RankRunner(model, config), None
-    rank = RankRunner(model, config, CudaCapture(device, model.group))
+        return runner(model, config), None
+    capture = CudaCapture(device, model.group)
+    rank = runner(model, config, capture)
     keys = GraphKeys.of(
         config.max_sequences, config.max_block_size, config.max_step_tokens,
         model.has_draft_adapter,
     )  # fmt: skip
     wanted = keys.all()
+    begun, before = time.perf_counter(), capture.used_bytes()
     count = rank.capture(wanted, config.graph_memory_mib * MIB, progress)
     logger.info(
-        "captured passes", captured=count, sizes=len(wanted), memory_mib=config.graph_memory_mib
+        "captured passes",
+        captured=count,
+        sizes=len(wanted),
+        seconds=round(time.perf_counter() - begun, 1),
+        used_mib=(capture.used_bytes() - before) // MIB,
+        memory_mib=config.graph_memory_mib,
     )
     return rank, keys
 

@@ -41,7 +41,7 @@ class Capture(Protocol):
         ...
 
     def used_bytes(self) -> int:
-        """Memory that captures hold."""
+        """Memory taken since some moment before the first capture."""
         ...
 
 
@@ -103,13 +103,14 @@ class StepGraphs:
         """Capture one size after another, each on inputs of its own that nobody else changes;
         yields the bytes used so far. Ends early where the next might pass max_bytes.
         """
+        before = self._capture.used_bytes()  # the KV cache, say
         used = largest = 0
         for key, inputs in blanks:
             if used + largest > max_bytes:
                 return
             replay = self._capture(partial(self._run, inputs))
             self._captured[key] = _Captured(inputs, replay)
-            now = self._capture.used_bytes()
+            now = self._capture.used_bytes() - before
             used, largest = now, max(largest, now - used)
             yield used
 
