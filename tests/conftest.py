@@ -103,7 +103,8 @@ def tiny_model(tiny_config: ModelConfig) -> Callable[..., NemotronLabsDiffusionM
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised tensors start as NaN, so that whoever reads what nobody wrote is found out."""
-    torch.use_deterministic_algorithms(True)
+    # On a GPU some of what references are made of has no deterministic form; it only warns there.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     yield
     torch.use_deterministic_algorithms(False)
 
