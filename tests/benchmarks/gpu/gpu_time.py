@@ -1,5 +1,6 @@
 """Seconds on the device: CUDA events, and how long the device was busy by the profiler."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -47,7 +48,8 @@ def union_length(intervals: Iterable[Interval]) -> float:
 
 
 def busy_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long at least one kernel or copy ran while `work` did, by the profiler's trace.
+    """How long at least one kernel or copy ran while `work` did, by the profiler's trace; NaN where
+    it saw none.
 
     The profiler slows the host down, not the kernels: divide by the wall time of a run without it.
     """
@@ -63,4 +65,4 @@ def busy_seconds(work: Callable[[], object], device: torch.device) -> float:
         for event in events
         if event.device_type == kind and not getattr(event, "is_user_annotation", False)
     ]
-    return float(union_length(spans)) / 1e6
+    return float(union_length(spans)) / 1e6 if spans else math.nan

@@ -1,5 +1,6 @@
 """The last thing that is printed: every figure beside its aim, met or not."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import ge, le
@@ -36,6 +37,8 @@ def at_least(name: str, value: float, aim: float) -> Figure:
 def _against(
     name: str, value: float, aim: float, sign: str, holds: Callable[[float, float], bool]
 ) -> Figure:
+    if math.isnan(value):
+        return Figure(name, "not seen", f"{sign} {aim:g}")
     return Figure(name, value, f"{sign} {aim:g}", holds(value, aim))
 
 

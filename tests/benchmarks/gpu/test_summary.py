@@ -44,6 +44,13 @@ def test_step_times_are_held_against_the_reading_of_the_weights(
     }
 
 
+def test_a_share_that_the_profiler_did_not_see_is_not_judged(
+    lines: Callable[..., dict[str, str]],
+) -> None:
+    found = lines(steps_8B={"rows": [step(1, 3.0, 128, float("nan"))]})
+    assert found == {"steps-8B: 128 seq., context 512, block 1, busy share of a step": ""}
+
+
 def test_the_governor_is_held_against_the_best_fixed_setting_of_each_load(
     lines: Callable[..., dict[str, str]],
 ) -> None:
