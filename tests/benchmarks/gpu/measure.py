@@ -128,6 +128,7 @@ SECTIONS: dict[str, Section] = {
     "baseline": Section(60, baseline),
     "kernel-attention": Section(60, partial(kernel, name="attention")),
     "steps-14B": Section(180, partial(steps, spec=Spec("14B"))),
+    "tests": Section(300, tests),
     "steps-8B-fp8": Section(80, partial(steps, spec=Spec("8B", "fp8"), users=(1, 32))),
     "end-to-end-8B-fp8": Section(80, partial(end_to_end, spec=Spec("8B", "fp8"), traffic=FEW)),
     "cold-start": Section(60, cold_start),
@@ -136,7 +137,6 @@ SECTIONS: dict[str, Section] = {
     "kernel-linear": Section(30, partial(kernel, name="linear")),
     "end-to-end-14B": Section(120, partial(end_to_end, spec=Spec("14B"), traffic=ENDS)),
     "end-to-end-8B-hard": Section(120, partial(end_to_end, spec=Spec("8B"), traffic=HARD)),
-    "tests": Section(300, tests),
 }
 
 
