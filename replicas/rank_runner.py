@@ -79,9 +79,8 @@ class RankRunner:
         )
         hidden = self._hidden(inputs.graph, forward)
         if len(there.answer_rows) == 0:  # a prefill chunk that is not the last one, alone
-            return RankPass(
-                Sampled(there.answer_rows, hidden.new_empty(0)), Outputs(there.answer_rows)
-            )
+            nothing = hidden.new_empty(0, dtype=torch.float32)
+            return RankPass(Sampled(there.answer_rows, nothing), Outputs(there.answer_rows))
         logits = self._model.logits(hidden[there.answer_rows])
         sampled = self._sample(logits, there)
         return RankPass(sampled, _outputs(there, sampled.token_ids))

@@ -32,10 +32,11 @@ def test_every_mode_runs_in_the_dtypes_of_real_weights(
     assert 3 not in got.token_ids
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_chunk_that_asks_nothing_is_answered_with_nothing(
-    tiny_model: Any, make_request: Any, small_engine: Any
+    tiny_model: Any, make_request: Any, small_engine: Any, dtype: torch.dtype
 ) -> None:
     config = small_engine(max_step_tokens=12, max_block_size=8)
-    engine = Engine(TorchModelRunner(tiny_model(torch.float64), config), config)
+    engine = Engine(TorchModelRunner(tiny_model(dtype), config), config)
     engine.add(make_request(num_prompt=30, max_tokens=1))
     assert [len(engine.step()) for _ in range(3)] == [0, 0, 1]
