@@ -71,7 +71,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        # A pass that was launched ahead is read though all its sequences have ended.
+        return self._scheduler.has_work or self._in_flight is not None
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()

@@ -187,6 +187,21 @@ def test_the_pass_behind_a_stop_token_is_void(
     assert {name for name, _ in later} == {"next"}
 
 
+def test_every_pass_is_read_though_nobody_is_left_to_wait_for_it(
+    tiny_model: Any, make_request: Any, small_engine: Any, drain: Any
+) -> None:
+    config = small_engine(launch_ahead=True)
+    free = TorchModelRunner(tiny_model(), config)
+    text = drain(Engine(free, config), [make_request(AR, ignore_eos=True)])["r"].token_ids
+    runner = Log(free)
+    drain(Engine(runner, config), [make_request(AR, ignore_eos=True, stop_ids=(text[2],))])
+    launched, read = (
+        [number for kind, number in runner.calls if kind == wanted] for wanted in ("launch", "read")
+    )
+    assert read == launched
+    assert len(launched) > text.index(text[2]) + 1, "no pass was void"
+
+
 def test_answers_to_an_earlier_seating_are_void(
     scripted_runner: Any, make_request: Any, small_engine: Any, token_at: Any
 ) -> None:
