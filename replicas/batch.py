@@ -165,6 +165,8 @@ def _inputs(
     drafts, graph = bool(is_draft.any()), None
     if limits.graph_keys is not None:
         graph = limits.graph_keys.find(num_tokens, num_sequences, drafts)
+    if graph is not None:
+        drafts = graph.drafts  # none in a model without an adapter, whoever asks for it
     size = Size(num_tokens, num_sequences) if graph is None else Size.of(graph)
     sampling = build_sampling(
         scheduled,

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from trimode.kernels.sampling import Sampled
 from trimode.replicas.batch import Batch, BatchLimits
 from trimode.replicas.decoding.autoregressive import Autoregressive
 from trimode.replicas.decoding.strategy import DecodingContext, PassKind, Query, Stage
+from trimode.replicas.graph_keys import GraphKey, GraphKeys
 from trimode.replicas.scheduled import Answers, Scheduled
 from trimode.replicas.sequence import Sequence
 from trimode.replicas.types import Mode, Request
@@ -80,6 +82,14 @@ def test_only_draft_rows_run_with_the_adapter(batch: Batch, scheduled: list[Sche
     assert np.flatnonzero(batch.inputs.draft_mask).tolist() == [4, 5, 6]
     others = [item for item in scheduled if item.query.kind is not PassKind.DRAFT]
     assert Batch.build(others, LIMITS).inputs.draft_mask is None
+
+
+def test_a_model_without_an_adapter_is_asked_for_none(scheduled: list[Scheduled]) -> None:
+    keys = GraphKeys.of(8, 8, 64, has_adapter=False)
+    limits = replace(LIMITS, graph_keys=keys)
+    inputs = Batch.build(scheduled, limits).inputs
+    assert inputs.graph == GraphKey(16, 8, False)
+    assert inputs.draft_mask is None
 
 
 def test_sampled_answers_carry_the_position_of_the_token_they_produce(batch: Batch) -> None:
