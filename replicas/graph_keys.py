@@ -48,13 +48,14 @@ class GraphKeys:
         return GraphKey(tokens, sequences, drafts and self.has_drafts)
 
     def all(self) -> list[GraphKey]:
-        """Every key that `find` gives, largest first: smaller graphs then fit into the memory of
-        larger ones.
+        """Every key that `find` gives: the largest number of tokens first, as all others fit into
+        the memory of those graphs, then from the smallest on, which would miss a graph most.
         """
         most = self.sequence_buckets[-1]
+        *others, last = self.token_buckets
         return [
             GraphKey(tokens, sequences, drafts)
-            for tokens in reversed(self.token_buckets)
+            for tokens in (last, *others)
             for sequences in reversed(self.sequence_buckets)
             if sequences <= _round_up(self.sequence_buckets, min(tokens, most))
             # A draft has two rows, at least.

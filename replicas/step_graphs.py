@@ -41,7 +41,7 @@ class Capture(Protocol):
         ...
 
     def used_bytes(self) -> int:
-        """Memory taken since some moment before the first capture."""
+        """Memory that is not free, captures and all else; only differences count."""
         ...
 
 
@@ -53,7 +53,6 @@ class CudaCapture:
         self._group = group
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._free_before = torch.cuda.mem_get_info(device)[0]
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
         # Once outside, which compiles kernels and makes libraries set up what a capture forbids.
@@ -62,7 +61,10 @@ class CudaCapture:
             run()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Threads of other libraries, NCCL's watchdog for one, may go on meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             out = run()
 
         def replay() -> Tensor:
@@ -72,9 +74,11 @@ class CudaCapture:
         return replay
 
     def used_bytes(self) -> int:
-        free = torch.cuda.mem_get_info(self._device)[0]
+        # Warm-ups leave memory cached that the next one takes again: not a graph's.
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
         # The rank that has least left decides, as all must capture the same sizes.
-        return max(0, -smallest(free - self._free_before, self._group, self._device))
+        return total - smallest(free, self._group, self._device)
 
 
 @dataclass(frozen=True, slots=True)
