@@ -82,18 +82,24 @@ class DistributedGroup:
                 total += part
             return total
         x = x.contiguous()
-        self._ranks.allreduce([x], self._sum).wait()
+        _finish(self._ranks.allreduce([x], self._sum))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x of every rank, by rank: [size, *x.shape]."""
         parts = x.new_empty((self.size, *x.shape))
-        self._ranks._allgather_base(parts.flatten(0, 1), x.contiguous(), self._gather).wait()
+        _finish(self._ranks._allgather_base(parts.flatten(0, 1), x.contiguous(), self._gather))
         return parts
 
     def close(self) -> None:
         """Part without waiting for the others."""
         self._ranks.abort()
+
+
+def _finish(work: dist.Work | None) -> None:
+    """Wait for a collective; NCCL's are on the caller's stream and leave nothing to wait for."""
+    if work is not None:
+        work.wait()
 
 
 def _nccl(

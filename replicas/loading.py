@@ -110,7 +110,9 @@ def build_runner(
 
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # With its number, by which tensors and NCCL tell devices apart.
+    is_cuda = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
 def torch_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
