@@ -97,7 +97,7 @@ def _copy_kernel(
     tl.store(out_ptr + place * size + columns, x, mask=columns < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_changes"])
 def _change_kernel(
     edited_ptr,  # [num_edited, size] float32
     size,

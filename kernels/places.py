@@ -20,7 +20,8 @@ def places_of_reference(rows: Tensor, num_rows: int) -> Tensor:
     return places.scatter_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
 
 
-@triton.jit
+# What changes from pass to pass must not compile the kernel anew.
+@triton.jit(do_not_specialize=["num_listed", "num_rows"])
 def _places_kernel(
     rows_ptr,  # [num_listed] int64
     places_ptr,  # [num_rows] int32

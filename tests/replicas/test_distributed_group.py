@@ -159,7 +159,8 @@ def test_nccl_sums_over_every_gpu_here_also_in_a_captured_graph() -> None:
         x = torch.zeros(4, 8, device=device, dtype=torch.bfloat16)
         group.all_reduce(x.clone())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(device)  # torch would share one among the threads
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             total = group.all_reduce(x + 1)
         x.fill_(rank)
         graph.replay()
