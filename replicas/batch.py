@@ -218,7 +218,7 @@ def _visible(queries: SequenceOf[Query], rows: _Rows) -> np.ndarray:
 
 def _slots(pages: np.ndarray, rows: _Rows, page_size: int) -> np.ndarray:
     """[num_tokens]: where each row's KV is written."""
-    page = pages[rows.owner, rows.positions // page_size]
+    page = pages[rows.owner, rows.positions // page_size].astype(np.int64)
     return np.asarray(page * page_size + rows.positions % page_size)
 
 
@@ -230,9 +230,9 @@ def _chained(lists: list[SequenceOf[int]]) -> np.ndarray:
 def _page_tables(
     scheduled: SequenceOf[Scheduled], context_lens: np.ndarray, page_size: int
 ) -> np.ndarray:
-    """[num_sequences, num_pages] int64: the pages that the pass touches, 0 beyond a table's end."""
+    """[num_sequences, num_pages] int32: the pages that the pass touches, 0 beyond a table's end."""
     num_pages = -(-context_lens // page_size)
-    tables = np.zeros((len(scheduled), num_pages.max()), dtype=np.int64)
-    for row, item, used in zip(tables, scheduled, num_pages, strict=True):
+    tables = np.zeros((len(scheduled), num_pages.max()), dtype=np.int32)
+    for row, item, used in zip(tables, scheduled, num_pages.tolist(), strict=True):
         row[:used] = item.sequence.page_table[:used]
     return tables

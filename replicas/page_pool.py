@@ -101,7 +101,7 @@ class PagePool:
         """Forget what is cached; idle pages become free. Users of the others publish them anew."""
         self._free += self.cache.clear()
 
-    def check_integrity(self, page_tables: Iterable[list[int]]) -> None:
+    def check_integrity(self, page_tables: Iterable[Sequence[int]]) -> None:
         """Assert that every page is free, idle in the cache, or used as often as counted; and that
         only cached pages are shared.
         """

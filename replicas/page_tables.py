@@ -4,6 +4,7 @@ A sequence is seated with the pages of its prefill, cached ones first, and gets 
 needs one. Pages that are full of final KV are published to the prefix cache while it runs.
 """
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -69,7 +70,8 @@ class PageTables:
         pages = self._pool.allocate(missing)
         assert pages is not None, "counted above"
         sequence.num_seatings += 1
-        sequence.page_table = shared + pages
+        # An array, as every pass copies it.
+        sequence.page_table = array("i", shared + pages)
         sequence.page_hashes = [name for _, name in hits]
         sequence.num_committed = len(hits) * self._pool.page_size
         if sequence.num_output_tokens == 0:
@@ -84,7 +86,7 @@ class PageTables:
         if missing <= 0:
             return True
         pages = self._pool.allocate(missing)
-        sequence.page_table += pages or ()
+        sequence.page_table.extend(pages or ())
         return pages is not None
 
     def publish(self, sequence: Sequence) -> None:

@@ -1,6 +1,7 @@
 """Sequence: the progress of one sample of a request. Only the scheduler changes it."""
 
 from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
 from trimode.replicas.acceptance import Acceptance
@@ -28,7 +29,7 @@ class Sequence:
     acceptance: Acceptance | None = None  # where the governor picks its block sizes
     block_size: int | None = None  # of its present or last round, by the governor
     max_block_size: int = 1  # slots that one of its queries may need after the prefill
-    page_table: list[int] = field(default_factory=list)
+    page_table: MutableSequence[int] = field(default_factory=list)
     page_hashes: list[int] = field(default_factory=list)  # of its published pages, root first
     num_committed: int = 0  # slots that hold final, causal KV
     # Of a pass that was launched and will be read only after the next one is scheduled.
