@@ -59,7 +59,9 @@ class RankRunner:
             weight.dtype,
             weight.device,
         )
-        self._max_pages = -(-shape.max_positions // config.page_size)
+        # A block begins inside the positions; one that is launched ahead, up to a block later.
+        most_slots = shape.max_positions + 2 * config.max_block_size
+        self._max_pages = -(-most_slots // config.page_size)
         self._graphs = None if capture is None else StepGraphs(self._forward, capture)
 
     @torch.inference_mode()

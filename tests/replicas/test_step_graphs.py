@@ -103,6 +103,16 @@ def test_replayed_passes_give_the_same_tokens(
     assert capture.num_replays > 0 or all(max_tokens == 1 for _, _, max_tokens, _, _ in requests)
 
 
+@pytest.mark.parametrize("launch_ahead", [False, True])
+def test_blocks_that_reach_behind_the_last_position_are_replayed(
+    make_engine: Any, make_request: Any, drain: Any, launch_ahead: bool
+) -> None:
+    engine, capture = make_engine(launch_ahead=launch_ahead)
+    last = make_request(SPECULATION, 500, 12, block_size=4, ignore_eos=True)
+    assert len(drain(engine, [last])["r"].token_ids) == 12
+    assert capture.num_replays > 0
+
+
 def test_a_pass_larger_than_every_size_runs_as_it_is(
     make_engine: Any, make_request: Any, drain: Any
 ) -> None:
