@@ -179,7 +179,7 @@ def _inputs(
     if unread is not None and any(query.pending for query in queries):
         draws = sampling.draws
         drawn = None if draws is None else rows.owner[rows.answer_rows[draws.rows]]
-        owner = filled(rows.owner, size.num_tokens, size.num_sequences)
+        owner = filled(rows.owner, size.num_tokens, num_sequences)
         pending, at_most = pending_inputs(scheduled, rows.query_start, owner, drawn, unread)
         reach = reach + at_most
     pages = _page_tables(scheduled, reach, limits.page_size)

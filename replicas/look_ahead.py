@@ -4,15 +4,19 @@ the device, and how far it got.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from trimode.kernels.pending import KNOWN, PendingInputs, Rows, fill_in
 from trimode.replicas.decoding.strategy import Pending, Stage
-from trimode.replicas.pass_inputs import AcceptInputs, PassInputs, PendingInputs
+from trimode.replicas.pass_inputs import AcceptInputs, PassInputs
 from trimode.replicas.scheduled import Scheduled
 from trimode.replicas.sequence import Sequence
+
+# numpy's on the host, torch's on the device.
+Array = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ def accept_inputs(
 def pending_inputs(
     scheduled: SequenceOf[Scheduled],
     query_start: np.ndarray,  # [num_sequences + 1], of the new pass
-    owner: np.ndarray,  # [num_tokens]
-    draw_owner: np.ndarray | None,  # [num_drawn]
+    owner: Array,  # [num_tokens]
+    draw_owner: Array | None,  # [num_drawn]
     unread: Unread,
 ) -> tuple[PendingInputs, np.ndarray]:
     """And how much later than the host knows each sequence may start, [num_sequences]."""
@@ -58,50 +62,43 @@ def pending_inputs(
             members[item.query.pending].append((index, unread.places[item.sequence]))
     counts = np.diff(unread.answer_start)
     drafts, before = _columns(members[Pending.DRAFTS])
-    draft_rows = _runs(query_start[drafts] + 1, counts[before])
-    draft_answers = _runs(unread.answer_start[before], counts[before])
+    sources: Array = np.full(len(owner), -1)
+    sources[_runs(query_start[drafts] + 1, counts[before])] = _runs(
+        unread.answer_start[before], counts[before]
+    )
     known, before = _columns(members[Pending.KNOWN])
+    sources[query_start[known]] = KNOWN
     at_most = np.zeros(len(scheduled), dtype=np.int64)
     at_most[known] = counts[before] - 1
-    inputs = PendingInputs(
-        draft_rows=draft_rows,
-        draft_answers=draft_answers,
-        known_rows=query_start[known],
-        known_sequences=known,
-        known_before=before,
-        owner=owner,
-        draw_owner=draw_owner,
-    )
-    return inputs, at_most
+    befores: Array = np.full(len(scheduled) + 1, -1)
+    befores[known] = before
+    return PendingInputs(sources, owner, befores, draw_owner), at_most
 
 
 def resolve(inputs: PassInputs, before: Outputs, page_size: int) -> PassInputs:
-    """Fill in what is pending; inputs hold tensors, and token_ids are changed in place."""
-    pending = inputs.pending
+    """Fill in what is pending; inputs hold tensors, which may be overwritten."""
+    pending, draws = inputs.pending, inputs.sampling.draws
     if pending is None:
         return inputs
     assert before.accepted is not None and before.last_ids is not None, "nobody looked ahead"
-    token_ids, answers = inputs.token_ids, before.answers
-    token_ids[pending.draft_rows] = answers[pending.draft_answers]
-    token_ids[pending.known_rows] = before.last_ids[pending.known_before]
     attention = inputs.attention
-    # One more for padding rows, which stay where they are.
-    shifts = token_ids.new_zeros(len(attention.page_table) + 1)
-    shifts[pending.known_sequences] = before.accepted[pending.known_before] - 1
-    moved = shifts[pending.owner]
-    positions = inputs.positions + moved
-    rows = pending.owner.clamp(max=len(attention.page_table) - 1)
-    pages = attention.page_table[rows, positions // page_size].long()
-    slots = pages * page_size + positions % page_size
+    given = Rows(
+        inputs.token_ids, inputs.positions, inputs.slots, attention.visible,
+        None if draws is None else draws.positions,
+    )  # fmt: skip
+    rows = fill_in(
+        before.answers, before.accepted, before.last_ids, given, pending, attention.page_table,
+        page_size,
+    )  # fmt: skip
     sampling = inputs.sampling
-    if sampling.draws is not None and pending.draw_owner is not None:
-        ahead = sampling.draws.positions + shifts[pending.draw_owner]
-        sampling = replace(sampling, draws=replace(sampling.draws, positions=ahead))
+    if draws is not None and rows.draw_positions is not None:
+        sampling = replace(sampling, draws=replace(draws, positions=rows.draw_positions))
     return replace(
         inputs,
-        positions=positions,
-        slots=torch.where(inputs.slots < 0, inputs.slots, slots),
-        attention=attention.seeing(attention.visible + moved),
+        token_ids=rows.token_ids,
+        positions=rows.positions,
+        slots=rows.slots,
+        attention=attention.seeing(rows.visible),
         sampling=sampling,
     )
 

@@ -13,25 +13,13 @@ from typing import Any
 from trimode.kernels.attention_inputs import AttentionInputs
 from trimode.kernels.choice import Draws
 from trimode.kernels.logit_edits import LogitEdits
+from trimode.kernels.pending import PendingInputs
 from trimode.kernels.sampling import SamplingInputs
 from trimode.kernels.truncation import Truncation
 from trimode.replicas.graph_keys import GraphKey
 
 # numpy's on the host, torch's on the device.
 Array = Any
-
-
-@dataclass(frozen=True, slots=True)
-class PendingInputs:
-    """What the pass takes from the one before it, which the host has not read."""
-
-    draft_rows: Array  # [num_drafts] int64: rows whose id is an answer of the pass before
-    draft_answers: Array  # [num_drafts] int64: which
-    known_rows: Array  # [num_known] int64: rows of known tokens that the pass before brings
-    known_sequences: Array  # [num_known] int64: of this pass; their starts move on
-    known_before: Array  # [num_known] int64: which sequence of the pass before each was
-    owner: Array  # [num_tokens] int64: sequence of each row; num_sequences for padding
-    draw_owner: Array | None  # [num_drawn] int64: sequence of each drawn answer
 
 
 @dataclass(frozen=True, slots=True)

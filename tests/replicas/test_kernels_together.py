@@ -11,9 +11,10 @@ from trimode.kernels.activation import silu_mul_triton
 from trimode.kernels.draft_adapter import add_draft_adapter_triton
 from trimode.kernels.norm import add_rms_norm_triton
 from trimode.kernels.paged_attention import paged_attention_triton
+from trimode.kernels.pending import fill_in_triton
 from trimode.kernels.rope import rotate_and_write_triton
 from trimode.kernels.sampling import sample_triton
-from trimode.replicas import rank_runner
+from trimode.replicas import look_ahead, rank_runner
 from trimode.replicas.engine import Engine
 from trimode.replicas.model import layers
 from trimode.replicas.model_runner import TorchModelRunner
@@ -36,6 +37,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (rank_runner, "paged_attention", paged_attention_triton),
         (rank_runner, "sample", sample_triton),
         (rank_runner, "accept", accept_triton),
+        (look_ahead, "fill_in", fill_in_triton),
     ):
         monkeypatch.setattr(module, name, launcher)
 
