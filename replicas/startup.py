@@ -6,21 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import structlog
 import torch
 
-from trimode.kernels.sampling import SamplingInputs
 from trimode.replicas.config import DEFAULT_CPU_PAGES, EngineConfig
 from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.memory_plan import MIB, MemoryPlan
 from trimode.replicas.model.parallel import smallest
 from trimode.replicas.model.safetensors_reader import Progress
 from trimode.replicas.model.transformer import NemotronLabsDiffusionModel
-from trimode.replicas.pass_inputs import PassInputs
-from trimode.replicas.pass_size import Size
 from trimode.replicas.rank_runner import RankRunner
 from trimode.replicas.step_graphs import CudaCapture
+from trimode.replicas.warm_up import largest_pass, warm_up
 
 logger = structlog.get_logger(__name__)
 
@@ -45,16 +42,20 @@ def start_rank(
     progress: Progress | None = None,
     runner: Callable[..., RankRunner] = RankRunner,
 ) -> tuple[RankRunner, GraphKeys | None]:
-    """A runner of a settled config, whose smaller passes are captured where the device can, and
-    their sizes. runner: what makes it, of RankRunner's arguments.
+    """A runner of a settled config, and the sizes of pass that it has captured: on a GPU the
+    smaller ones. What they launch is compiled by then. runner: what makes it, of RankRunner's
+    arguments.
     """
     device = model.diffusion_head.weight.device
     # In float64 references run, which wait for the device.
     is_wide = model.diffusion_head.weight.dtype == torch.float64
-    if device.type != "cuda" or is_wide or not config.cuda_graphs:
+    if device.type != "cuda" or is_wide:
         return runner(model, config), None
-    capture = CudaCapture(device, model.group)
+    capture = CudaCapture(device, model.group) if config.cuda_graphs else None
     rank = runner(model, config, capture)
+    warm_up(rank, model, config)
+    if capture is None:
+        return rank, None
     keys = GraphKeys.of(
         config.max_sequences, config.max_block_size, config.max_step_tokens,
         model.has_draft_adapter,
@@ -106,32 +107,11 @@ def _count_pages(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int
 
 
 def _activation_bytes(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int:
-    """What the largest pass takes beyond weights and KV: every row is asked for its answer."""
+    """What the largest pass takes beyond weights and KV."""
     device = model.diffusion_head.weight.device
     rank = RankRunner(model, replace(config, num_pages=1))
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    rank.launch(_blank_pass(model, config))
+    rank.launch(largest_pass(model, config))
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _blank_pass(model: NemotronLabsDiffusionModel, config: EngineConfig) -> PassInputs:
-    """The largest pass of an engine, of padding only; numpy arrays."""
-    size = Size(config.max_step_tokens, min(config.max_sequences, config.max_step_tokens))
-    nothing = np.zeros(size.num_tokens, dtype=np.int64)
-    return PassInputs(
-        token_ids=nothing,
-        positions=nothing.copy(),
-        slots=nothing - 1,
-        attention=size.attention(
-            np.zeros(1, dtype=np.int64),
-            nothing,
-            np.zeros((size.num_sequences, 1), dtype=np.int64),
-            config.page_size,
-            config.batch_invariant,
-        ),
-        answer_rows=np.arange(size.num_tokens),
-        draft_mask=nothing.astype(bool) if model.has_draft_adapter else None,
-        sampling=SamplingInputs(mask_id=model.config.mask_id),
-    )

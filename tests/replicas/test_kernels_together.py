@@ -18,7 +18,9 @@ from trimode.replicas import look_ahead, rank_runner
 from trimode.replicas.engine import Engine
 from trimode.replicas.model import layers
 from trimode.replicas.model_runner import TorchModelRunner
+from trimode.replicas.rank_runner import RankRunner
 from trimode.replicas.types import Mode
+from trimode.replicas.warm_up import warm_up
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here; test_on_gpu.py runs them"
@@ -101,3 +103,12 @@ def test_launching_a_pass_asks_the_device_for_nothing(
         engine.add(request)
     for _ in range(6):
         engine.step()
+
+
+def test_they_are_warmed_up_for_whatever_requests_usually_ask(
+    tiny_model: Any, small_engine: Any, kernels: None
+) -> None:
+    config = small_engine(max_block_size=4)
+    model = tiny_model(torch.float32)
+    with NoWaiting():
+        warm_up(RankRunner(model, config), model, config)
