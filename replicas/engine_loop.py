@@ -5,6 +5,7 @@ from it.
 import asyncio
 import queue
 import threading
+import traceback
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ class EngineLoop:
                 self._deliver(self._engine.step())
                 self._load = self._engine.load()
         except BaseException as error:
-            logger.exception("the engine failed")
-            self.fail(error)
+            self.fail(error)  # first, as whoever waits need not wait for a log
+            # As text: a formatter may show what variables hold, and here they hold prompts.
+            logger.error("the engine failed", traceback=traceback.format_exc())
         self._close()
 
     def _read_inbox(self) -> bool:
