@@ -12,7 +12,7 @@ from trimode.replicas.loading import build_engine, build_runner
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model.weights import load_model
 from trimode.replicas.model_runner import TorchModelRunner
-from trimode.replicas.startup import settle
+from trimode.replicas.startup import settle, start_rank
 from trimode.replicas.types import Mode, Request
 
 pytestmark = pytest.mark.gpu
@@ -112,3 +112,20 @@ def test_the_kv_pool_takes_what_memory_is_left() -> None:
     slots = (config.pages - small.pages) * config.page_size
     shape = model.config
     assert slots * 2 * shape.num_layers * shape.kv_width * 2 == pytest.approx(0.1 * total, rel=0.05)
+
+
+def test_whatever_the_cache_takes_every_size_of_a_small_model_is_captured() -> None:
+    model = load_model(BUNDLED_CHECKPOINT, torch.bfloat16, "cuda")
+    rank, keys = start_rank(model, settle(model, EngineConfig(memory_utilization=0.3)))
+    assert keys is not None and rank._graphs is not None
+    assert len(rank._graphs) == len(keys.all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_of_several_chunks_is_answered(drain: Any, mode: Mode) -> None:
+    """A chunk alone asks for no answer."""
+    config = EngineConfig(num_pages=512, max_sequences=2, max_step_tokens=64)
+    engine = build_engine(BUNDLED_CHECKPOINT, config, dtype="bfloat16")
+    request = Request("r", tuple(range(40, 240)), mode, 8, ignore_eos=True)
+    assert len(drain(engine, [request])["r"].token_ids) == 8
+    assert not engine.has_work
