@@ -122,7 +122,8 @@ def _announce(config: ClusterConfig, console: Console) -> None:
     for column in ("pool", "mode", "largest block", "replicas"):
         pools.add_column(column)
     for pool in config.pools:
-        pools.add_row(pool.name, pool.mode, str(pool.max_block_size), str(pool.replicas))
+        ranks = f" of {pool.tensor_parallel} ranks" if pool.tensor_parallel > 1 else ""
+        pools.add_row(pool.name, pool.mode, str(pool.max_block_size), f"{pool.replicas}{ranks}")
     console.print(Panel(pools, title=f"trimode serves {label(config.model.source)} on {address}"))
     console.print("Try, from another terminal:")
     console.print(f'  trimode generate --address {address} --prompt "def main("', soft_wrap=True)
