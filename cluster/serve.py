@@ -63,8 +63,8 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
             console.print("stopping: running streams may finish, new ones are refused")
             asyncio.run(_drain(config))
     finally:
-        if ray_address is not None:
-            serve.delete(APP_NAME)
+        if ray_address is not None and ray.is_initialized():
+            _delete()
         ray.shutdown()
     console.print("stopped")
 
@@ -77,7 +77,7 @@ def _start(
         if ray_address is None:
             _start_ray(config)
         else:
-            ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+            _join_ray(ray_address)
         status.update("starting Ray Serve")
         serve.start(proxy_location="Disabled")
         # The public serve.run() is imperative; a declared application is what autoscaling and
@@ -114,6 +114,23 @@ def _start_ray(config: ClusterConfig) -> None:
         logging_level="ERROR",
     )
     check_one_node(config, ray.cluster_resources())
+
+
+def _join_ray(address: str) -> None:
+    """Raises Unavailable where there is no cluster that takes us."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RayError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise Unavailable(f"--ray-address: cannot join a cluster at {address}: {reason}") from None
+
+
+def _delete() -> None:
+    """The application, from a cluster that stays; it may not be there yet."""
+    try:
+        serve.delete(APP_NAME)
+    except RayServeException as error:
+        logger.warning("the application could not be deleted", error=str(error))
 
 
 def _announce(config: ClusterConfig, console: Console) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from trimode.cluster import serve
 from trimode.cluster.config import ClusterConfig
-from trimode.replicas.errors import CheckpointError
+from trimode.replicas.errors import CheckpointError, Unavailable
 from trimode.replicas.model.source import HubModel
 
 
@@ -53,3 +53,16 @@ def test_a_start_that_is_interrupted_has_nothing_to_drain(
     monkeypatch.setattr(serve, "_drain", lambda _: pytest.fail("drained"))
     serve.run(ClusterConfig.parse({"gateway": {"port": free_port()}}), None)
     assert capsys.readouterr().out == "stopped\n"
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_cluster_that_cannot_be_joined_is_told_and_nothing_is_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(**_: Any) -> None:
+        raise ConnectionError("Failed to connect") from OSError("Traceback:\nnobody listens")
+
+    monkeypatch.setattr(serve.ray, "init", refused)
+    monkeypatch.setattr(serve.serve, "delete", lambda _: pytest.fail("looked for a cluster"))
+    with pytest.raises(Unavailable, match=r"ray-address: .* at host:6379: nobody listens"):
+        serve.run(ClusterConfig(), "host:6379")
