@@ -14,7 +14,7 @@ from rich.console import Console
 from trimode.cluster.bench.command import bench
 from trimode.cluster.chat_command import chat
 from trimode.cluster.generate_command import generate
-from trimode.cluster.option_values import MODEL_HELP
+from trimode.cluster.option_values import MODEL, MODEL_HELP
 from trimode.replicas.errors import TrimodeError
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model.source import parse_source
@@ -53,7 +53,7 @@ app.command()(chat)
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
+    model: Annotated[str, MODEL] = str(BUNDLED_CHECKPOINT),
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="fp8. Default: none.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure, about.")] = 5.0,

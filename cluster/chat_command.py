@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 from trimode.cluster.generate_command import MODES, OptFloat, OptInt, OptStr, to_message
-from trimode.cluster.option_values import MODEL_HELP, one_of, parsed
+from trimode.cluster.option_values import MODEL, one_of, parsed
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model.source import parse_source
 
 
 def chat(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
+    model: Annotated[str, MODEL] = str(BUNDLED_CHECKPOINT),
     address: Annotated[OptStr, typer.Option(help="HOST:PORT of a served cluster.")] = None,
     system: Annotated[OptStr, typer.Option(help="What the model is told first.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking", help="Think before answering.")] = False,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from trimode.replicas.config import EngineConfig, RankConfig
 from trimode.replicas.errors import CheckpointError, ConfigError
@@ -122,7 +123,8 @@ def _without_model(pool: Any, model: Any) -> Any:
         return pool
     if pool["model"] != model:
         raise ValueError(
-            f"pool {pool.get('name')}: model is {pool['model']}, the application's is {model}; all "
+            f"pool {pool.get('name')}: model is {pool['model']}, the application's is "
+            f"{'the bundled one' if model is None else model}; all "
             "pools of an application serve one model and share its prefixes. Deploy the other "
             "model as an application of its own, with its own gateway.port"
         )
@@ -193,9 +195,15 @@ class ClusterConfig(_Settings):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            lines = [
-                f"  {'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}"
-                for problem in error.errors()
-            ]
+            lines = [f"  {_told(problem)}" for problem in error.errors()]
             heading = f"{where} is not a valid configuration:"
             raise ConfigError("\n".join([heading, *lines])) from None
+
+
+def _told(problem: ErrorDetails) -> str:
+    """'engine.pages: unknown key'"""
+    key = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "unknown key"
+    return f"{key}: {message}" if key else message

@@ -9,7 +9,7 @@ import typer
 from google.protobuf.json_format import ParseDict, ParseError
 
 from trimode.cluster.option_values import (
-    MODEL_HELP,
+    MODEL,
     biases,
     file_text,
     ids,
@@ -52,7 +52,7 @@ def generate(
     thinking: Annotated[
         bool, typer.Option("--thinking", help="With --chat: think before answering.")
     ] = False,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
+    model: Annotated[str, MODEL] = str(BUNDLED_CHECKPOINT),
     mode: Annotated[str, parsed(one_of(MODES), "NAME", f"{', '.join(MODES)}.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import typer
 
-MODEL_HELP = "Model folder, or org/name[@revision] on a hub."
+MODEL_HELP = "Model folder, or org/name or org/name@commit on a hub."
+MODEL = typer.Option(help=MODEL_HELP, show_default="the bundled one")
 
 Number = TypeVar("Number", int, float)
 

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -22,10 +21,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from trimode.cluster import start_status
 from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
 from trimode.cluster.config import ClusterConfig
 from trimode.cluster.model_folder import fetch
-from trimode.replicas.errors import ConfigError, Unavailable
+from trimode.cluster.preflight import check_model, check_one_node, check_port
+from trimode.replicas.errors import Unavailable
 from trimode.replicas.model.source import label
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress is ours to show
@@ -42,8 +43,9 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
     """
     console = Console(highlight=False)
     if ray_address is None:
-        _check_port(config)
-        fetch(config.model.source)  # behind a bar; the replicas find it in the cache
+        check_port(config)
+        # Behind a bar; the replicas find it in the cache.
+        check_model(config, fetch(config.model.source))
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -58,71 +60,77 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
         if not stop.is_set():
             _announce(config, console)
             stop.wait()
-        console.print("stopping: running streams may finish, new ones are refused")
-        asyncio.run(_drain(config))
+            console.print("stopping: running streams may finish, new ones are refused")
+            asyncio.run(_drain(config))
     finally:
-        if ray_address is not None:
-            serve.delete(APP_NAME)
+        if ray_address is not None and ray.is_initialized():
+            _delete()
         ray.shutdown()
     console.print("stopped")
-
-
-def _check_port(config: ClusterConfig) -> None:
-    """Ask before Ray is started: a gateway's own failure would show minutes later and far away."""
-    with socket.socket(socket.AF_INET6 if ":" in config.gateway.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.gateway.host, config.gateway.port))
-        except OSError as error:
-            raise ConfigError(
-                f"gateway.port: cannot listen on {config.gateway.host}:{config.gateway.port} "
-                f"({error.strerror}); is another trimode running? Choose another with --port"
-            ) from None
 
 
 def _start(
     config: ClusterConfig, ray_address: str | None, console: Console, stop: threading.Event
 ) -> None:
-    cpus_needed = sum(pool.num_cpus for pool in config.pools)
+    """Return once all runs, or when told to stop."""
     with console.status("starting Ray") as status:
         if ray_address is None:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+            _start_ray(config)
         else:
-            ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+            _join_ray(ray_address)
         status.update("starting Ray Serve")
         serve.start(proxy_location="Disabled")
         # The public serve.run() is imperative; a declared application is what autoscaling and
         # KubeRay work on.
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config(config)))
         deadline = time.monotonic() + READY_TIMEOUT_S
+        told: set[str] = set()
         while not stop.is_set():
             application = serve.status().applications.get(APP_NAME)
             if application is not None:
                 if application.status == ApplicationStatus.RUNNING:
                     return
-                if application.status == ApplicationStatus.DEPLOY_FAILED:
-                    reasons = [status.message for status in application.deployments.values()]
-                    told = "\n".join(filter(None, [application.message, *reasons]))
-                    raise Unavailable(f"the cluster did not start:\n{told}")
-                status.update("waiting for " + _progress(application))
+                reason = start_status.failure(application)
+                if reason is not None:
+                    raise Unavailable(f"the cluster did not start: {reason}")
+                status.update("waiting for " + start_status.progress(application))
+                for delay in start_status.delays(application):
+                    if delay not in told:
+                        told.add(delay)
+                        logger.warning("a start is delayed", reason=delay)
             if time.monotonic() > deadline:
                 raise Unavailable(f"the cluster was not ready after {READY_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
 
 
-def _progress(application: "serve.schema.ApplicationStatusOverview") -> str:
-    """'gateway 0/1, speculation 1/1' from Serve's status."""
-    parts = []
-    for name, deployment in application.deployments.items():
-        states = {str(state): count for state, count in deployment.replica_states.items()}
-        parts.append(f"{name} {states.get('RUNNING', 0)}/{sum(states.values())}")
-    return ", ".join(parts) or "the application to be built"
+def _start_ray(config: ClusterConfig) -> None:
+    """One node, of this machine. Raises ConfigError where it cannot hold all pools."""
+    cpus_needed = sum(pool.num_cpus for pool in config.pools)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    check_one_node(config, ray.cluster_resources())
+
+
+def _join_ray(address: str) -> None:
+    """Raises Unavailable where there is no cluster that takes us."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RayError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise Unavailable(f"--ray-address: cannot join a cluster at {address}: {reason}") from None
+
+
+def _delete() -> None:
+    """The application, from a cluster that stays; it may not be there yet."""
+    try:
+        serve.delete(APP_NAME)
+    except RayServeException as error:
+        logger.warning("the application could not be deleted", error=str(error))
 
 
 def _announce(config: ClusterConfig, console: Console) -> None:
@@ -131,7 +139,8 @@ def _announce(config: ClusterConfig, console: Console) -> None:
     for column in ("pool", "mode", "largest block", "replicas"):
         pools.add_column(column)
     for pool in config.pools:
-        pools.add_row(pool.name, pool.mode, str(pool.max_block_size), str(pool.replicas))
+        ranks = f" of {pool.tensor_parallel} ranks" if pool.tensor_parallel > 1 else ""
+        pools.add_row(pool.name, pool.mode, str(pool.max_block_size), f"{pool.replicas}{ranks}")
     console.print(Panel(pools, title=f"trimode serves {label(config.model.source)} on {address}"))
     console.print("Try, from another terminal:")
     console.print(f'  trimode generate --address {address} --prompt "def main("', soft_wrap=True)

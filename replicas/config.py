@@ -55,6 +55,11 @@ class EngineConfig:
         return self.num_pages
 
     @property
+    def least_pages(self) -> int:
+        """For a prompt of one token and a block."""
+        return 1 + self.max_block_size // self.page_size
+
+    @property
     def prefill_tokens(self) -> int:
         """Query tokens of a step that decoding leaves to prefill when prefill has work."""
         return self.max_step_tokens // 4

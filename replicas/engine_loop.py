@@ -107,7 +107,7 @@ class EngineLoop:
         mailbox = _Mailbox(request.n)
         with self._gate:
             if self._closed:
-                raise _gone()
+                raise self._gone()
             self._open.add(mailbox)
         self._inbox.put(_Add(request, grammar, mailbox))
         left = request.n  # samples that have not finished
@@ -177,13 +177,14 @@ class EngineLoop:
     def _close(self) -> None:
         with self._gate:
             self._closed = True
-            letters = [(mailbox, _gone()) for mailbox in self._open]
+            letters = [(mailbox, self._gone()) for mailbox in self._open]
             self._open.clear()
         _post(letters)
 
-
-def _gone() -> Unavailable:
-    return Unavailable("the replica's engine has stopped")
+    def _gone(self) -> Unavailable:
+        """With the reason where that is no bug."""
+        reason = f": {self._failure}" if isinstance(self._failure, Unavailable) else ""
+        return Unavailable(f"the replica's engine has stopped{reason}")
 
 
 def _post(letters: SequenceOf[tuple[_Mailbox, Chunk | RequestError]]) -> None:

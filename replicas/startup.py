@@ -10,6 +10,7 @@ import structlog
 import torch
 
 from trimode.replicas.config import DEFAULT_CPU_PAGES, EngineConfig
+from trimode.replicas.errors import ConfigError
 from trimode.replicas.graph_keys import GraphKeys
 from trimode.replicas.memory_plan import MIB, MemoryPlan
 from trimode.replicas.model.parallel import smallest
@@ -33,6 +34,11 @@ def settle(model: NemotronLabsDiffusionModel, config: EngineConfig) -> EngineCon
     if config.num_pages is None:
         pages = _count_pages(model, config) if on_gpu else DEFAULT_CPU_PAGES
         config = replace(config, num_pages=pages)
+    elif config.num_pages < config.least_pages:
+        raise ConfigError(
+            f"engine.num_pages is {config.num_pages}; a block of {config.max_block_size} and a "
+            f"token before it take {config.least_pages} pages of {config.page_size}"
+        )
     return config
 
 
@@ -97,8 +103,7 @@ def _count_pages(model: NemotronLabsDiffusionModel, config: EngineConfig) -> int
         graph_bytes=config.graph_memory_mib * MIB if config.cuda_graphs else 0,
         page_bytes=kv_page_bytes(model, config.page_size),
     )
-    # A prompt of one token and a block, at least.
-    own = plan.num_pages(least=1 + config.max_block_size // config.page_size)
+    own = plan.num_pages(config.least_pages)
     pages = smallest(own, model.group, device)  # the same pages on every rank
     logger.info(
         "KV memory", arithmetic=plan.describe(), pages=pages, tokens=pages * config.page_size

@@ -10,7 +10,7 @@ from trimode.cluster.bench.options import Options
 from trimode.cluster.bench.prompt_files import load_prompts, load_text, load_trace
 from trimode.cluster.bench.settings import Setting, settings_named
 from trimode.cluster.bench.workload import DEFAULT_PROMPTS, Sampling
-from trimode.cluster.option_values import MODEL_HELP, numbers
+from trimode.cluster.option_values import MODEL, numbers
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 from trimode.replicas.model.source import parse_source
 
@@ -20,7 +20,7 @@ def _parsed(parser: Any, metavar: str, help: str) -> Any:
 
 
 def bench(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(BUNDLED_CHECKPOINT),
+    model: Annotated[str, MODEL] = str(BUNDLED_CHECKPOINT),
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a served cluster, instead of --model.")
     ] = None,

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from trimode.replicas.errors import CheckpointError
+from trimode.replicas.errors import CheckpointError, ConfigError
 
 # The small tri-mode checkpoint that ships with trimode.
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoint"
@@ -66,6 +66,20 @@ class ModelConfig:
     @property
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def check_ranks(self, size: int) -> None:
+        """Raises ConfigError where the model cannot be split over so many ranks."""
+        for name, number in (
+            ("num_attention_heads", self.num_heads),
+            ("intermediate_size", self.intermediate_size),
+        ):
+            if number % size:
+                raise ConfigError(f"tensor_parallel is {size}; it must divide {name} {number}")
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            raise ConfigError(
+                f"tensor_parallel is {size}; it must divide, or be a multiple of, "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":

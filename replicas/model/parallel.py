@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trimode.replicas.errors import ConfigError
 from trimode.replicas.model.config import ModelConfig
 
 
@@ -57,17 +56,7 @@ class Shard:
     @classmethod
     def of(cls, config: ModelConfig, rank: int, size: int) -> "Shard":
         """Raises ConfigError where the model cannot be split over so many ranks."""
-        for name, number in (
-            ("num_attention_heads", config.num_heads),
-            ("intermediate_size", config.intermediate_size),
-        ):
-            if number % size:
-                raise ConfigError(f"tensor_parallel is {size}; it must divide {name} {number}")
-        if config.num_kv_heads % size and size % config.num_kv_heads:
-            raise ConfigError(
-                f"tensor_parallel is {size}; it must divide, or be a multiple of, "
-                f"num_key_value_heads {config.num_kv_heads}"
-            )
+        config.check_ranks(size)
         # Where there are more ranks than KV heads, neighbours hold the same one.
         num_kv_heads = max(1, config.num_kv_heads // size)
         first_kv_head = rank * config.num_kv_heads // size

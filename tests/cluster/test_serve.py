@@ -1,25 +1,28 @@
-"""What `trimode serve` finds out before it starts anything."""
+"""How `trimode serve` starts nothing where it cannot, and stops where it is told to."""
 
-import socket
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from trimode.cluster import serve
 from trimode.cluster.config import ClusterConfig
-from trimode.replicas.errors import CheckpointError
+from trimode.replicas.errors import CheckpointError, Unavailable
 from trimode.replicas.model.source import HubModel
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signal handlers as they were, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_model_that_cannot_be_had_is_told_before_a_cluster_is_started(
-    monkeypatch: pytest.MonkeyPatch,
+    free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(source: Any) -> None:
         raise CheckpointError(f"{source} cannot be had")
@@ -35,3 +38,31 @@ def test_a_model_that_cannot_be_had_is_told_before_a_cluster_is_started(
     )
     with pytest.raises(CheckpointError, match=f"{model} cannot be had"):
         serve.run(config, None)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_start_that_is_interrupted_has_nothing_to_drain(
+    free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(serve, "_start", interrupted)
+    monkeypatch.setattr(serve, "_drain", lambda _: pytest.fail("drained"))
+    serve.run(ClusterConfig.parse({"gateway": {"port": free_port()}}), None)
+    assert capsys.readouterr().out == "stopped\n"
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_cluster_that_cannot_be_joined_is_told_and_nothing_is_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(**_: Any) -> None:
+        raise ConnectionError("Failed to connect") from OSError("Traceback:\nnobody listens")
+
+    monkeypatch.setattr(serve.ray, "init", refused)
+    monkeypatch.setattr(serve.serve, "delete", lambda _: pytest.fail("looked for a cluster"))
+    with pytest.raises(Unavailable, match=r"ray-address: .* at host:6379: nobody listens"):
+        serve.run(ClusterConfig(), "host:6379")

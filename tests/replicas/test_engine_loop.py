@@ -145,3 +145,12 @@ async def test_the_first_failure_is_the_one_that_is_told(loop: EngineLoop) -> No
     loop.fail(ValueError("its consequence"))
     with pytest.raises(RuntimeError, match="the cause"):
         loop.check_health()
+
+
+async def test_who_is_refused_hears_what_ended_the_engine(loop: EngineLoop) -> None:
+    stream = loop.generate(LONG)
+    await anext(stream)
+    loop.fail(Unavailable("rank 1 has left"))
+    with pytest.raises(Unavailable, match="has stopped: rank 1 has left"):
+        async for _ in stream:
+            pass

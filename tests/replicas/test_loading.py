@@ -58,3 +58,8 @@ def test_who_speculates_nothing_or_is_told_so_has_no_governor(governors: list[An
 def test_engines_run_on_the_cpu_in_float32_unless_told_otherwise() -> None:
     expected = "bfloat16" if torch.cuda.is_available() else "float32"
     assert build_engine(BUNDLED_CHECKPOINT, SMALL).info.dtype == expected
+
+
+def test_pages_that_hold_no_block_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_pages is 2; a block of 32 .* take 3 pages of 16"):
+        build_engine(BUNDLED_CHECKPOINT, EngineConfig(num_pages=2))

@@ -11,19 +11,17 @@ layouts than the one that is chosen. Writes docs/measurements/gpu_attention.json
 TRITON_INTERPRET=1 and --tiny show that all of it runs.
 """
 
-import argparse
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from elementwise import copy_gb_per_s, error_of, microseconds
+from kernel_command import kernel_command
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,9 +31,7 @@ from trimode.kernels.attention_inputs import AttentionInputs
 from trimode.kernels.attention_layout import Layout, device_facts
 from trimode.kernels.kv_cache import KVCache
 from trimode.kernels.paged_attention import launch_attention, paged_attention_triton
-from trimode.replicas.machine import describe_machine
 
-OUT = Path(__file__).parents[3] / "docs" / "measurements" / "gpu_attention.json"
 Call = Callable[[int], Tensor]  # of the index of a cache -> [num_tokens, num_heads, head_dim]
 
 
@@ -307,24 +303,5 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, and nothing is written")
-    parser.add_argument("--sweep", action="store_true", help="try other layouts, too")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        parser.error("there is no GPU; with TRITON_INTERPRET=1, --tiny shows that all of it runs")
-    found = run(device, TINY if arguments.tiny else FULL, is_sweep=arguments.sweep)
-    if arguments.tiny:
-        return
-    document = {
-        "command": "python tests/benchmarks/gpu/attention.py" + " --sweep" * arguments.sweep,
-        "machine": describe_machine("torch", "triton") | {"gpu": torch.cuda.get_device_name()},
-        **found,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    kernel_command("attention", run, TINY, {"sweep": "try other layouts, too"})

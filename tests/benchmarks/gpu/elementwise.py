@@ -12,18 +12,16 @@ is the bytes that must be moved over that time, wherever they are; it is beside 
 show that all of it runs.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_command import kernel_command
 from torch import Tensor
 from torch.nn import functional
 
@@ -41,9 +39,7 @@ from trimode.kernels.rope import (
     rotate_and_write_reference,
     rotate_and_write_triton,
 )
-from trimode.replicas.machine import describe_machine
 
-OUT = Path(__file__).parents[3] / "docs" / "measurements" / "gpu_elementwise.json"
 EPS, SCALE = 1e-5, 4.0
 COPY_BYTES = 2**30
 MAX_ERROR = 0.01  # root mean square, over that of the reference in float32
@@ -268,24 +264,5 @@ def table(rows: SequenceOf[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, and nothing is written")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        parser.error("there is no GPU; with TRITON_INTERPRET=1, --tiny shows that all of it runs")
-    found = run(device, TINY if arguments.tiny else None)
-    print(table(found["rows"]))
-    if arguments.tiny:
-        return
-    document = {
-        "command": "python tests/benchmarks/gpu/elementwise.py",
-        "machine": describe_machine("torch", "triton") | {"gpu": torch.cuda.get_device_name()},
-        **found,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(table(kernel_command("elementwise", run, TINY)["rows"]))

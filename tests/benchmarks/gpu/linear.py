@@ -10,26 +10,22 @@ result once. Writes docs/measurements/gpu_linear.json. Without a GPU, TRITON_INT
 show that all of it runs.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_command import kernel_command
 from torch import Tensor
 from torch.nn import functional
 
 from trimode.kernels.batch_invariant import product_reference, product_triton
 from trimode.kernels.fp8 import Fp8Rows, quantise_rows
 from trimode.kernels.linear_fp8 import fp8_linear
-from trimode.replicas.machine import describe_machine
 
-OUT = Path(__file__).parents[3] / "docs" / "measurements" / "gpu_linear.json"
 MAX_ERROR = 4e-3  # root mean square over that of the product: rounding to bfloat16
 REPEATS = 12
 
@@ -199,24 +195,5 @@ def table(rows: SequenceOf[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, and nothing is written")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        parser.error("there is no GPU; with TRITON_INTERPRET=1, --tiny shows that all of it runs")
-    found = run(device, TINY if arguments.tiny else None)
-    print(table(found["rows"]))
-    if arguments.tiny:
-        return
-    document = {
-        "command": "python tests/benchmarks/gpu/linear.py",
-        "machine": describe_machine("torch", "triton") | {"gpu": torch.cuda.get_device_name()},
-        **found,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(table(kernel_command("linear", run, TINY)["rows"]))

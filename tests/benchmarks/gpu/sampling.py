@@ -11,26 +11,22 @@ them, and is beside that of a copy of 1 GiB. Writes docs/measurements/gpu_sampli
 GPU, TRITON_INTERPRET=1 and --tiny show that all of it runs.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from elementwise import COPY_BYTES, copy_gb_per_s, microseconds
+from kernel_command import kernel_command
 from torch import Tensor
 
 from trimode.kernels.choice import Draws
 from trimode.kernels.sampling import Sampled, SamplingInputs, sample_reference, sample_triton
 from trimode.kernels.truncation import Truncation
-from trimode.replicas.machine import describe_machine
 
-OUT = Path(__file__).parents[3] / "docs" / "measurements" / "gpu_sampling.json"
 MASK = 100
 TEMPERATURE, TOP_K, TOP_P, NUM_TOP = 0.8, 50, 0.95, 5
 NUM_CHECKED = 32  # rows that the reference answers, too
@@ -212,24 +208,5 @@ def table(rows: SequenceOf[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, and nothing is written")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        parser.error("there is no GPU; with TRITON_INTERPRET=1, --tiny shows that all of it runs")
-    found = run(device, TINY if arguments.tiny else None)
-    print(table(found["rows"]))
-    if arguments.tiny:
-        return
-    document = {
-        "command": "python tests/benchmarks/gpu/sampling.py",
-        "machine": describe_machine("torch", "triton") | {"gpu": torch.cuda.get_device_name()},
-        **found,
-    }
-    OUT.write_text(json.dumps(document, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(table(kernel_command("sampling", run, TINY)["rows"]))

@@ -1,5 +1,4 @@
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -7,14 +6,8 @@ import torch
 
 
 @pytest.fixture
-def attention(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).with_name("attention.py")
-    monkeypatch.syspath_prepend(path.parent)
-    spec = importlib.util.spec_from_file_location("trimode_benchmark_attention", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def attention(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("attention")
 
 
 def test_every_shape_is_checked_and_timed_beside_others(attention: ModuleType) -> None:

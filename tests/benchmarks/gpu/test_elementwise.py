@@ -1,19 +1,13 @@
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def elementwise() -> ModuleType:
-    path = Path(__file__).with_name("elementwise.py")
-    spec = importlib.util.spec_from_file_location("trimode_benchmark_elementwise", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def elementwise(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("elementwise")
 
 
 def test_every_kernel_is_checked_and_timed_at_every_size(elementwise: ModuleType) -> None:

@@ -1,5 +1,4 @@
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -10,13 +9,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def linear() -> ModuleType:
-    path = Path(__file__).with_name("linear.py")
-    spec = importlib.util.spec_from_file_location("trimode_benchmark_linear", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def linear(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("linear")
 
 
 def test_every_form_is_checked_and_timed_at_every_size(linear: ModuleType) -> None:
