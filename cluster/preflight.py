@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimode.cluster.config import ClusterConfig, PoolSettings
-from trimode.replicas.errors import CheckpointError, ConfigError
+from trimode.replicas.errors import CheckpointError, ConfigError, Unavailable
 from trimode.replicas.model.config import ModelConfig
 
+CONNECT_TIMEOUT_S = 10.0
 GPU_TYPE = "accelerator_type:"  # begins the name of the resource that Ray makes of a node's GPU
 
 
@@ -42,6 +43,19 @@ def check_model(config: ClusterConfig, folder: Path) -> None:
             model.check_ranks(pool.tensor_parallel)
         except ConfigError as error:
             raise ConfigError(f"pool {pool.name}: {error}") from None
+
+
+def check_ray_address(address: str) -> None:
+    """Raises Unavailable where nobody listens at host:port; Ray itself asks on for many minutes.
+    Other forms of address are Ray's to judge.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(f"--ray-address: nobody answers at {address} ({error})") from None
 
 
 def check_one_node(config: ClusterConfig, resources: Mapping[str, float]) -> None:

@@ -25,7 +25,12 @@ from trimode.cluster import start_status
 from trimode.cluster.app import APP_NAME, GATEWAY_NAME, serve_config
 from trimode.cluster.config import ClusterConfig
 from trimode.cluster.model_folder import fetch
-from trimode.cluster.preflight import check_model, check_one_node, check_port
+from trimode.cluster.preflight import (
+    check_model,
+    check_one_node,
+    check_port,
+    check_ray_address,
+)
 from trimode.replicas.errors import Unavailable
 from trimode.replicas.model.source import label
 
@@ -46,6 +51,8 @@ def run(config: ClusterConfig, ray_address: str | None) -> None:
         check_port(config)
         # Behind a bar; the replicas find it in the cache.
         check_model(config, fetch(config.model.source))
+    else:
+        check_ray_address(ray_address)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

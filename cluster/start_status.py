@@ -33,12 +33,13 @@ def failure(application: ApplicationStatusOverview) -> str | None:
 
 
 def delays(application: ApplicationStatusOverview) -> list[str]:
-    """What Serve says of deployments that take long or are tried again: the last line of each."""
-    return [
-        f"{name}: {message.strip().splitlines()[-1]}"
-        for name, message in _messages(application).items()
-        if name in application.deployments
-    ]
+    """What Serve says of deployments that take long or are tried again, each in a line."""
+    said = []
+    for name, message in _messages(application).items():
+        if name in application.deployments:
+            lines = message.strip().splitlines()
+            said.append(f"{name}: {lines[-1] if 'Traceback' in message else ' '.join(lines)}")
+    return said
 
 
 def _messages(application: ApplicationStatusOverview) -> dict[str, str]:

@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from trimode.cluster.config import ClusterConfig
-from trimode.cluster.preflight import check_model, check_one_node, check_port
-from trimode.replicas.errors import CheckpointError, ConfigError
+from trimode.cluster.preflight import (
+    check_model,
+    check_one_node,
+    check_port,
+    check_ray_address,
+)
+from trimode.replicas.errors import CheckpointError, ConfigError, Unavailable
 from trimode.replicas.model.config import BUNDLED_CHECKPOINT
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
@@ -66,3 +71,10 @@ def test_what_fits_one_node_is_let_through(settings: dict[str, Any]) -> None:
 def test_what_one_node_can_never_hold_is_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_one_node(one_pool(**settings), NODE)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(free_port: Callable[[], int]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(Unavailable, match=f"--ray-address: nobody answers at {address}"):
+        check_ray_address(address)
+    check_ray_address("auto")  # Ray's to judge

@@ -77,5 +77,5 @@ def test_an_error_that_is_not_ours_keeps_its_trace_without_colours() -> None:
 
 
 def test_a_pool_that_finds_no_room_is_a_delay() -> None:
-    message = "1 replicas have taken more than 30s to be scheduled. Resources required: GPU 8"
-    assert start_status.delays(starting(message)) == [f"mixed: {message}"]
+    message = "1 replicas have taken more than 30s to be scheduled.\nResources required: GPU 8"
+    assert start_status.delays(starting(message)) == ["mixed: " + message.replace("\n", " ")]
