@@ -66,7 +66,8 @@ class InferenceServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams the output. One message holds all tokens that one engine step committed for one sample; each sample's
+        """Streams the output. One message holds all tokens that one engine step committed for one sample, or those of
+        several steps where the way to the client is slower than the engine; each sample's
         last one has `finish`. The stream ends when all samples have finished.
         Cancelling the call, or letting its deadline pass, frees everything the request holds.
         """

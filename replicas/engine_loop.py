@@ -45,6 +45,18 @@ class _Mailbox:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
 
+    async def take(self) -> tuple[list[Chunk], RequestError | None]:
+        """All that has arrived, at least one thing: a chunk a sample, and what ended them all."""
+        chunks: dict[int, Chunk] = {}  # by sample
+        item = await self.queue.get()
+        while isinstance(item, Chunk):
+            earlier = chunks.get(item.index)
+            chunks[item.index] = item if earlier is None else earlier.then(item)
+            if self.queue.empty():
+                return list(chunks.values()), None
+            item = self.queue.get_nowait()
+        return list(chunks.values()), item
+
 
 class EngineLoop:
     """Owns the engine after start(). All engine calls happen on its thread, between two steps; only
@@ -97,6 +109,7 @@ class EngineLoop:
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """The chunks of a request. Leaving the iterator early, for any reason, frees all it holds.
+        A reader that is slower than the engine gets fewer and larger ones, so that it keeps up.
 
         Raises InvalidRequest or Overloaded before the first chunk, Unavailable where the engine
         fails or has failed.
@@ -113,12 +126,13 @@ class EngineLoop:
         left = request.n  # samples that have not finished
         try:
             while left:
-                item = await mailbox.queue.get()
-                if isinstance(item, RequestError):
+                chunks, error = await mailbox.take()
+                for chunk in chunks:
+                    left -= chunk.finish is not None
+                    yield chunk
+                if error is not None:
                     left = 0
-                    raise item
-                left -= item.finish is not None
-                yield item
+                    raise error
         finally:
             with self._gate:
                 self._open.discard(mailbox)

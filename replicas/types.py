@@ -225,12 +225,21 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """All tokens that one engine step committed for one sample of a request."""
+    """What an engine committed for one sample of a request since its last chunk: the tokens of one
+    step or, where the reader was slower than the engine, of several.
+    """
 
     token_ids: tuple[int, ...]
     finish: Finish | None = None  # on the sample's last chunk
     index: int = 0  # of the sample, below the request's n
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token where they were asked for
+
+    def then(self, later: "Chunk") -> "Chunk":
+        """This and a later one of the same sample as one."""
+        logprobs = self.logprobs
+        if logprobs is not None:
+            logprobs += later.logprobs or ()
+        return Chunk(self.token_ids + later.token_ids, later.finish, self.index, logprobs)
 
 
 @dataclass(frozen=True, slots=True)

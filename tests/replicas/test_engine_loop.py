@@ -154,3 +154,27 @@ async def test_who_is_refused_hears_what_ended_the_engine(loop: EngineLoop) -> N
     with pytest.raises(Unavailable, match="has stopped: rank 1 has left"):
         async for _ in stream:
             pass
+
+
+async def test_a_slow_reader_gets_several_steps_in_one_chunk(loop: EngineLoop) -> None:
+    request = Request("r", (5, 6), Mode.AUTOREGRESSIVE, 30, ignore_eos=True, num_logprobs=None)
+    wanted = await tokens_of(loop, request)
+    stream = loop.generate(request)
+    chunks = [await anext(stream)]
+    await asyncio.sleep(0.5)  # the engine needs a tenth of that for all
+    chunks += [chunk async for chunk in stream]
+    assert len(chunks) == 2
+    assert [token for chunk in chunks for token in chunk.token_ids] == wanted
+    assert chunks[-1].finish is not None
+
+
+async def test_what_was_committed_before_a_failure_is_still_delivered(loop: EngineLoop) -> None:
+    stream = loop.generate(LONG)
+    first = await anext(stream)
+    await asyncio.sleep(0.1)
+    loop.fail(Unavailable("gone"))
+    later = await anext(stream)
+    assert later.token_ids and later.finish is None
+    with pytest.raises(Unavailable):
+        await anext(stream)
+    assert first.token_ids

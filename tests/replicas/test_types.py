@@ -4,7 +4,14 @@ from typing import Any
 import pytest
 
 from trimode.replicas.errors import InvalidRequest
-from trimode.replicas.types import MAX_SEED, MAX_STOP_IDS, Mode, Request
+from trimode.replicas.types import (
+    MAX_SEED,
+    MAX_STOP_IDS,
+    Chunk,
+    Mode,
+    Request,
+    TokenLogprobs,
+)
 
 
 def request(**own: Any) -> Request:
@@ -54,3 +61,10 @@ def test_values_at_the_limits_are_taken(own: dict[str, Any]) -> None:
 def test_a_request_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         request().max_tokens = 2  # type: ignore[misc]
+
+
+def test_chunks_of_a_sample_join_to_one() -> None:
+    probs = [TokenLogprobs(-float(i)) for i in range(3)]
+    first, last = Chunk((1, 2), None, 4, tuple(probs[:2])), Chunk((3,), None, 4, (probs[2],))
+    assert first.then(last) == Chunk((1, 2, 3), None, 4, tuple(probs))
+    assert Chunk((1,)).then(Chunk((2,))) == Chunk((1, 2))
