@@ -130,7 +130,7 @@ class EngineLoop:
                 for chunk in chunks:
                     left -= chunk.finish is not None
                     yield chunk
-                if error is not None:
+                if error is not None and left:
                     left = 0
                     raise error
         finally:

@@ -178,3 +178,14 @@ async def test_what_was_committed_before_a_failure_is_still_delivered(loop: Engi
     with pytest.raises(Unavailable):
         await anext(stream)
     assert first.token_ids
+
+
+async def test_who_has_all_its_chunks_hears_of_no_failure(loop: EngineLoop) -> None:
+    request = Request("r", (5, 6), Mode.AUTOREGRESSIVE, 6, ignore_eos=True)
+    stream = loop.generate(request)
+    chunks = [await anext(stream)]
+    await until_idle(loop)
+    loop.fail(Unavailable("gone"))
+    await asyncio.sleep(0.01)  # behind the last chunk in the same mailbox
+    chunks += [chunk async for chunk in stream]
+    assert chunks[-1].finish is not None
