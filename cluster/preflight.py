@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimode.cluster.config import ClusterConfig, PoolSettings
+from trimode.replicas.addresses import family_of
 from trimode.replicas.errors import CheckpointError, ConfigError, Unavailable
 from trimode.replicas.model.config import ModelConfig
 
@@ -17,7 +18,7 @@ GPU_TYPE = "accelerator_type:"  # begins the name of the resource that Ray makes
 def check_port(config: ClusterConfig) -> None:
     """Raises ConfigError where the gateway could not listen here."""
     host, port = config.gateway.host, config.gateway.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket(family_of(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

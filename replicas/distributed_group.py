@@ -6,13 +6,14 @@ finds it who was not given it.
 """
 
 import os
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
+
+from trimode.replicas.addresses import listen
 
 LOOPBACK = "127.0.0.1"
 
@@ -22,7 +23,7 @@ def serve_store(host: str, size: int, timeout_s: float) -> dist.TCPStore:
 
     It holds addresses of ranks and no data of requests.
     """
-    listener = socket.create_server((host, 0), family=_family(host))
+    listener = listen(host)
     # Left to itself the store would listen on every interface.
     return dist.TCPStore(
         host,
@@ -128,7 +129,3 @@ def _gloo(
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._register_backend(device, dist.ProcessGroup.BackendType.GLOO, backend)
     return group
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

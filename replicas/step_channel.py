@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 
+from trimode.replicas.addresses import listen
 from trimode.replicas.errors import Unavailable
 
 SECRET_LEN = 32  # bytes
@@ -26,7 +27,7 @@ class StepListener:
     """Rank 0 before its workers have come."""
 
     def __init__(self, host: str) -> None:
-        self._socket = socket.create_server((host, 0), family=_family(host))
+        self._socket = listen(host)
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, num_workers: int, secret: bytes, timeout_s: float) -> "StepSender":
@@ -101,10 +102,6 @@ class StepReceiver:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _prepare(connection: socket.socket) -> None:
